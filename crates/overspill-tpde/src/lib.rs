@@ -1,0 +1,2 @@
+#![forbid(unsafe_code)]
+//! See `ARCHITECTURE.md` for the place of this crate.
