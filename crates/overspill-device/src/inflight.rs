@@ -12,6 +12,7 @@ use crate::{DeviceRange, Direction, Error, EventRef, HostExtent, RawCopy, Result
 #[derive(Debug)]
 pub struct InFlight {
     pairs: Vec<(DeviceRange, Arc<HostExtent>)>,
+    bytes: usize,
     event: EventRef,
 }
 
@@ -31,12 +32,23 @@ impl InFlight {
     /// Bytes moved.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.pairs.iter().map(|(range, _)| range.bytes()).sum()
+        self.bytes
     }
 
-    /// Gives the leases up if the copies are done, gives the copy back otherwise.
-    pub fn try_finish(self) -> Result<std::result::Result<(), Self>> {
-        Ok(if self.event.is_done()? { Ok(()) } else { Err(self) })
+    /// Whether the copies are done; dropping it does not block then.
+    pub fn is_done(&self) -> Result<bool> {
+        self.event.is_done()
+    }
+
+    /// Makes `stream` wait for the copies, then gives up the leases on device memory without
+    /// waiting on the host. Only for memory whose owner reuses it in the order of `stream`, as
+    /// PyTorch's allocator does for tensors allocated on it. The host extents stay leased.
+    pub fn release_device_on(&mut self, stream: &StreamRef) -> Result<()> {
+        stream.wait(&self.event)?;
+        for (range, _) in &mut self.pairs {
+            *range = DeviceRange::released();
+        }
+        Ok(())
     }
 }
 
@@ -95,7 +107,10 @@ fn enqueue(
     // since writing needs it outside its Arc.
     let sent = unsafe { stream.copy(&batch) };
     match sent.and_then(|()| stream.record()) {
-        Ok(event) => Ok(InFlight { pairs, event }),
+        Ok(event) => {
+            let bytes = batch.iter().map(|copy| copy.bytes).sum();
+            Ok(InFlight { pairs, bytes, event })
+        }
         Err(error) => {
             // Part of the batch may be under way: its leases must outlive it.
             let _ = stream.synchronize();

@@ -35,6 +35,11 @@ impl DeviceRange {
         Self { addr, bytes, keep }
     }
 
+    /// An empty range that leases nothing.
+    pub(crate) fn released() -> Self {
+        Self { addr: 0, bytes: 0, keep: Arc::new(()) }
+    }
+
     /// First byte's address.
     #[must_use]
     pub fn addr(&self) -> u64 {
@@ -95,6 +100,11 @@ impl HostSlab {
 
     /// Takes `range` for oneself; an error if any byte of it is out already.
     pub fn claim(&self, range: Range<usize>) -> Result<HostExtent> {
+        self.claim_with(range, None)
+    }
+
+    /// As [`HostSlab::claim`]; `guard` is dropped right after the range has come back.
+    pub fn claim_with(&self, range: Range<usize>, guard: Option<Keep>) -> Result<HostExtent> {
         check(&range, self.0.bytes)?;
         let mut claimed = self.0.claimed.lock().unwrap_or_else(PoisonError::into_inner);
         let overlaps = claimed
@@ -112,6 +122,7 @@ impl HostSlab {
             start: range.start,
             bytes: range.len(),
             filled: Mutex::new(None),
+            _guard: guard,
         })
     }
 }
@@ -123,6 +134,8 @@ pub struct HostExtent {
     bytes: usize,
     /// The event of the copy that fills it, while that may still run.
     filled: Mutex<Option<EventRef>>,
+    /// Dropped after the claim is given back (fields drop after `Drop::drop`).
+    _guard: Option<Keep>,
 }
 
 impl HostExtent {

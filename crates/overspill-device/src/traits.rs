@@ -52,6 +52,9 @@ pub trait Device: Send + Sync {
     /// A queue whose jobs run in order, off the caller's thread.
     fn new_queue(&self, label: &'static str) -> Result<QueueRef>;
 
+    /// Host time on the clock of [`Event::time_us`], in microseconds since the device was opened.
+    fn now_us(&self) -> f64;
+
     /// Blocks the host until `gate` opens.
     fn block_on(&self, gate: &Gate);
 }

@@ -1,0 +1,478 @@
+//! The transfer engine: leases in, slots out, and back.
+//!
+//! Ordering. An offload waits for the caller's compute stream; an onboard waits for the point of the
+//! compute stream at which its destination was allocated, and compute waits for it in
+//! [`Onboarding::wait_on`]. Copies stay in a queue per direction, with their leases, until their
+//! events have passed or the compute stream has been made to wait for them.
+//!
+//! Locks: the state's mutex is never held across a wait, a copy, a file operation, or the drop of a
+//! lease (which may run somebody else's destructor).
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, atomic::Ordering},
+};
+
+use overspill_device::{
+    self as device, DeviceRange, DeviceRef, Direction, EventRef, Gate, HostExtent, InFlight, QueueRef,
+    StreamRef,
+};
+
+use crate::{
+    Cause, EngineConfig, Error, HostPool, PoolCounters, Result, Slot, SpillFile, Stats, Trace, TraceEvent,
+    disk::DiskExtent,
+    slot::{self, Place, Segment},
+    ticket::Ticket,
+};
+
+/// See the module. Clones share one engine.
+#[derive(Clone)]
+pub struct Engine(pub(crate) Arc<Shared>);
+
+pub(crate) struct Shared {
+    pub device: DeviceRef,
+    config: EngineConfig,
+    pool: HostPool,
+    out_stream: StreamRef,
+    pub in_stream: StreamRef,
+    spill: Option<Spill>,
+    state: Mutex<State>,
+}
+
+/// The disk tier and its two queues.
+struct Spill {
+    file: SpillFile,
+    eager: bool,
+    writer: QueueRef,
+    reader: QueueRef,
+    /// Host memory that reads pass through; apart from the pool, so that a read never waits for a
+    /// write.
+    bounce: HostPool,
+}
+
+#[derive(Default)]
+struct State {
+    offloads: VecDeque<Copy>,
+    onboards: VecDeque<Copy>,
+    next_sequence: u64,
+    /// Oldest first: whatever was offloaded first is needed last.
+    slots: VecDeque<Weak<slot::Inner>>,
+    spills: VecDeque<Arc<Gate>>,
+    spill_error: Option<Error>,
+    stats: Stats,
+    trace: Trace,
+}
+
+/// A copy with what its record needs.
+pub(crate) struct Copy {
+    pub in_flight: InFlight,
+    pub start: EventRef,
+    pub cause: Cause,
+    pub sequence: u64,
+}
+
+impl Engine {
+    /// An engine on `device`.
+    pub fn new(device: DeviceRef, config: EngineConfig) -> Result<Self> {
+        let file = config.spill.as_ref().map(SpillFile::create).transpose()?;
+        Self::with_spill_file(device, config, file)
+    }
+
+    /// As [`Engine::new`], with a spill file of the caller's (tests inject faults with it).
+    pub fn with_spill_file(device: DeviceRef, config: EngineConfig, file: Option<SpillFile>) -> Result<Self> {
+        let eager = config.spill.as_ref().is_none_or(|spill| spill.eager);
+        let spill = match file {
+            None => None,
+            Some(file) => Some(Spill {
+                file,
+                eager,
+                writer: device.new_queue("spill")?,
+                reader: device.new_queue("unspill")?,
+                bounce: HostPool::new(
+                    Arc::clone(&device),
+                    2 * config.segment_bytes,
+                    2 * config.segment_bytes,
+                ),
+            }),
+        };
+        let shared = Shared {
+            pool: HostPool::new(Arc::clone(&device), config.host_budget_bytes, config.slab_bytes),
+            out_stream: device.new_stream("offload")?,
+            in_stream: device.new_stream("onboard")?,
+            spill,
+            state: Mutex::default(),
+            device,
+            config,
+        };
+        Ok(Self(Arc::new(shared)))
+    }
+
+    /// The device below.
+    #[must_use]
+    pub fn device(&self) -> &DeviceRef {
+        &self.0.device
+    }
+
+    /// Copies `source` away, once everything that `compute` has been given so far is done.
+    ///
+    /// The lease on `source` is held until the copy has passed, or until
+    /// [`Engine::release_source`]. Blocks while the host tier is full and something is on its way
+    /// out of it; an error leaves `source` and every other slot as they were.
+    pub fn offload(&self, source: &DeviceRange, compute: &StreamRef, cause: Cause) -> Result<Slot> {
+        let shared = &self.0;
+        shared.reap()?;
+        shared.out_stream.wait(&compute.record()?)?;
+        let slot = Slot::new(source.bytes());
+        shared.state().slots.push_back(Arc::downgrade(&slot.0));
+        for (offset_bytes, bytes) in pieces(source.bytes(), shared.config.segment_bytes) {
+            let extent = shared.host_extent(bytes)?;
+            let start = shared.out_stream.record()?;
+            let range = source.slice(offset_bytes..offset_bytes + bytes)?;
+            let (in_flight, extents) = device::offload(&shared.out_stream, vec![(range, extent)])?;
+            let sequence = shared.push(Direction::Offload, in_flight, start, cause);
+            slot.0.sequence.store(sequence, Ordering::Release);
+            for extent in extents {
+                slot.0.segments().push(Segment { offset_bytes, bytes, place: Place::Host(extent) });
+            }
+            if shared.spill.as_ref().is_some_and(|spill| spill.eager) {
+                shared.spill_slot(&slot.0);
+            }
+        }
+        Ok(slot)
+    }
+
+    /// Makes `compute` wait for the copies of `slot`, and of all slots before it, and gives up their
+    /// leases on device memory without waiting on the host. For memory whose owner reuses it in the
+    /// order of `compute` (rule 10: the host never polls for this).
+    pub fn release_source(&self, slot: &Slot, compute: &StreamRef) -> Result<()> {
+        self.0.release_through(Direction::Offload, slot.0.sequence.load(Ordering::Acquire), compute)
+    }
+
+    /// Starts bringing `slot` back into `destination`, which may be written from this point of
+    /// `compute` on. Never blocks on a copy or the disk. The slot keeps its bytes.
+    pub fn onboard(
+        &self,
+        slot: &Slot,
+        destination: &DeviceRange,
+        compute: &StreamRef,
+        cause: Cause,
+    ) -> Result<Onboarding> {
+        let shared = &self.0;
+        shared.reap()?;
+        if slot.bytes() != destination.bytes() {
+            return Err(Error::SizeMismatch {
+                slot_bytes: slot.bytes(),
+                destination_bytes: destination.bytes(),
+            });
+        }
+        shared.in_stream.wait(&compute.record()?)?;
+        let parts: Vec<_> = slot
+            .0
+            .segments()
+            .iter()
+            .map(|segment| (segment.offset_bytes, segment.bytes, segment.place.clone()))
+            .collect();
+        let ticket = Ticket::new(parts.len());
+        for (offset_bytes, bytes, place) in parts {
+            let range = destination.slice(offset_bytes..offset_bytes + bytes)?;
+            match place {
+                Place::Host(extent) | Place::Spilling(extent) => {
+                    let sent = shared.send_in(range, extent, cause);
+                    ticket.piece_sent(sent);
+                }
+                Place::Disk(extent) => shared.read_in(range, extent, cause, &ticket),
+            }
+        }
+        Ok(Onboarding { engine: self.clone(), ticket })
+    }
+
+    /// Blocks until nothing is under way in any direction.
+    pub fn drain(&self) -> Result<()> {
+        let shared = &self.0;
+        loop {
+            let gate = shared.state().spills.pop_front();
+            match gate {
+                Some(gate) => shared.device.block_on(&gate),
+                None if shared.wait_oldest(Direction::Offload)? => {}
+                None if shared.wait_oldest(Direction::Onboard)? => {}
+                None => break,
+            }
+        }
+        shared.reap()
+    }
+
+    /// Counters of the host pool.
+    #[must_use]
+    pub fn pool_counters(&self) -> PoolCounters {
+        self.0.pool.counters()
+    }
+
+    /// Takes the whole host budget now rather than as it is needed.
+    pub fn reserve_host(&self) -> Result<()> {
+        self.0.pool.reserve_all()
+    }
+
+    /// Bytes of the spill file in use.
+    #[must_use]
+    pub fn disk_bytes(&self) -> u64 {
+        self.0.spill.as_ref().map_or(0, |spill| spill.file.used_bytes())
+    }
+
+    /// What has moved so far, of the copies known to be done.
+    pub fn stats(&self) -> Result<Stats> {
+        self.0.reap()?;
+        Ok(self.0.state().stats.clone())
+    }
+
+    /// The timeline so far; empty unless the configuration asked for one.
+    pub fn trace(&self) -> Result<Trace> {
+        self.0.reap()?;
+        Ok(self.0.state().trace.clone())
+    }
+}
+
+/// A slot on its way back.
+///
+/// The destination is leased until the copies have passed, so an onboarding that nobody waited for
+/// (an abandoned graph, an exception) can be dropped at any time.
+pub struct Onboarding {
+    engine: Engine,
+    ticket: Arc<Ticket>,
+}
+
+impl Onboarding {
+    /// Makes `compute` wait for the bytes. Blocks the host only while pieces of the slot are still
+    /// being read from disk. Gives up the lease on the destination.
+    pub fn wait_on(&self, compute: &StreamRef) -> Result<()> {
+        let shared = &self.engine.0;
+        shared.device.block_on(self.ticket.gate());
+        match self.ticket.outcome()? {
+            Some(sequence) => shared.release_through(Direction::Onboard, sequence, compute),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether [`Onboarding::wait_on`] would not block the host.
+    #[must_use]
+    pub fn is_sent(&self) -> bool {
+        self.ticket.gate().is_open()
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Enters a copy into its queue; returns its position.
+    fn push(&self, direction: Direction, in_flight: InFlight, start: EventRef, cause: Cause) -> u64 {
+        let mut state = self.state();
+        state.next_sequence += 1;
+        let sequence = state.next_sequence;
+        state.queue(direction).push_back(Copy { in_flight, start, cause, sequence });
+        sequence
+    }
+
+    /// Enqueues one piece toward the device.
+    pub fn send_in(&self, range: DeviceRange, extent: Arc<HostExtent>, cause: Cause) -> Result<u64> {
+        let start = self.in_stream.record()?;
+        let in_flight = device::onboard(&self.in_stream, vec![(range, extent)])?;
+        Ok(self.push(Direction::Onboard, in_flight, start, cause))
+    }
+
+    /// Reads one piece from disk and sends it on, on the reader's queue.
+    fn read_in(
+        self: &Arc<Self>,
+        range: DeviceRange,
+        extent: Arc<DiskExtent>,
+        cause: Cause,
+        ticket: &Arc<Ticket>,
+    ) {
+        let Some(spill) = &self.spill else { return };
+        let (shared, ticket) = (Arc::clone(self), Arc::clone(ticket));
+        spill.reader.push(Box::new(move || {
+            let sent = shared.read_piece(&extent).and_then(|staged| shared.send_in(range, staged, cause));
+            drop(extent);
+            ticket.piece_sent(sent);
+        }));
+    }
+
+    fn read_piece(&self, extent: &DiskExtent) -> Result<Arc<HostExtent>> {
+        let Some(spill) = &self.spill else { return Err(self.pool.full(extent.bytes())) };
+        let mut staged = loop {
+            if let Some(staged) = spill.bounce.try_alloc(extent.bytes())? {
+                break staged;
+            }
+            if !self.wait_oldest(Direction::Onboard)? {
+                return Err(spill.bounce.full(extent.bytes()));
+            }
+        };
+        let start = self.now_us();
+        extent.read(staged.as_mut_slice()?)?;
+        self.note(Cause::Unspill, extent.bytes(), start, self.now_us());
+        Ok(Arc::new(staged))
+    }
+
+    /// Finishes the copies whose events have passed.
+    fn reap(&self) -> Result<()> {
+        for direction in [Direction::Offload, Direction::Onboard] {
+            while let Some(copy) = self.pop_done(direction)? {
+                self.finish(copy)?;
+            }
+        }
+        let mut state = self.state();
+        while state.spills.front().is_some_and(|gate| gate.is_open()) {
+            state.spills.pop_front();
+        }
+        while state.slots.front().is_some_and(|slot| slot.strong_count() == 0) {
+            state.slots.pop_front();
+        }
+        Ok(())
+    }
+
+    fn pop_done(&self, direction: Direction) -> Result<Option<Copy>> {
+        let mut state = self.state();
+        let queue = state.queue(direction);
+        match queue.front() {
+            Some(copy) if copy.in_flight.is_done()? => Ok(queue.pop_front()),
+            _ => Ok(None),
+        }
+    }
+
+    fn finish(&self, copy: Copy) -> Result<()> {
+        let (start, end) = (copy.start.time_us()?, copy.in_flight.event().time_us()?);
+        self.note(copy.cause, copy.in_flight.bytes(), start, end);
+        Ok(())
+    }
+
+    fn note(&self, cause: Cause, bytes: usize, start_us: f64, end_us: f64) {
+        let duration_us = (end_us - start_us).max(0.0);
+        let mut state = self.state();
+        state.stats.add(cause, bytes, duration_us);
+        if self.config.trace {
+            state.trace.push(TraceEvent { cause, bytes, start_us, duration_us });
+        }
+    }
+
+    /// Host time on the device's clock, for work that no stream does.
+    fn now_us(&self) -> f64 {
+        self.device.now_us()
+    }
+
+    /// Blocks until the oldest copy of a direction is done; false if there is none.
+    fn wait_oldest(&self, direction: Direction) -> Result<bool> {
+        let event = self.state().queue(direction).front().map(|copy| Arc::clone(copy.in_flight.event()));
+        let Some(event) = event else { return Ok(false) };
+        event.synchronize()?;
+        self.reap()?;
+        Ok(true)
+    }
+
+    fn release_through(&self, direction: Direction, sequence: u64, compute: &StreamRef) -> Result<()> {
+        let mut copies: Vec<Copy> = {
+            let mut state = self.state();
+            let queue = state.queue(direction);
+            let count = queue.iter().take_while(|copy| copy.sequence <= sequence).count();
+            queue.drain(..count).collect()
+        };
+        // One stream carries a direction, so the last copy's event covers those before it.
+        let released = copies.iter_mut().rev().try_for_each(|copy| copy.in_flight.release_device_on(compute));
+        let mut state = self.state();
+        for copy in copies.into_iter().rev() {
+            state.queue(direction).push_front(copy);
+        }
+        Ok(released?)
+    }
+
+    /// Room in the host tier, made if need be.
+    fn host_extent(self: &Arc<Self>, bytes: usize) -> Result<HostExtent> {
+        loop {
+            if let Some(extent) = self.pool.try_alloc(bytes)? {
+                return Ok(extent);
+            }
+            let oldest_spill = self.state().spills.pop_front();
+            if let Some(gate) = oldest_spill {
+                self.device.block_on(&gate);
+                self.reap()?;
+                continue;
+            }
+            if let Some(error) = self.state().spill_error.take() {
+                return Err(error);
+            }
+            let waited = self.spill_oldest()
+                || self.wait_oldest(Direction::Offload)?
+                || self.wait_oldest(Direction::Onboard)?;
+            if !waited {
+                return Err(self.pool.full(bytes));
+            }
+        }
+    }
+
+    /// Sends the oldest slot that is still in host memory to disk; false if there is none.
+    fn spill_oldest(self: &Arc<Self>) -> bool {
+        loop {
+            let Some(oldest) = self.state().slots.pop_front() else { return false };
+            if oldest.upgrade().is_some_and(|slot| self.spill_slot(&slot)) {
+                return true;
+            }
+        }
+    }
+
+    /// Queues the write of every segment of `slot` that is in host memory; false if there is none.
+    fn spill_slot(self: &Arc<Self>, slot: &Arc<slot::Inner>) -> bool {
+        let Some(spill) = &self.spill else { return false };
+        let mut found = false;
+        for (index, segment) in slot.segments().iter_mut().enumerate() {
+            if let Place::Host(extent) = &segment.place {
+                let (extent, gate) = (Arc::clone(extent), Arc::new(Gate::new()));
+                segment.place = Place::Spilling(Arc::clone(&extent));
+                self.state().spills.push_back(Arc::clone(&gate));
+                let (shared, slot) = (Arc::clone(self), Arc::downgrade(slot));
+                spill.writer.push(Box::new(move || {
+                    shared.write_segment(&slot, index, extent);
+                    gate.open();
+                }));
+                found = true;
+            }
+        }
+        found
+    }
+
+    fn write_segment(&self, slot: &Weak<slot::Inner>, index: usize, extent: Arc<HostExtent>) {
+        let (Some(slot), Some(spill)) = (slot.upgrade(), &self.spill) else { return };
+        let start = self.now_us();
+        let written = extent.as_slice().map_err(Error::from).and_then(|bytes| spill.file.write(bytes));
+        let mut failed = None;
+        let place = match written {
+            Ok(on_disk) => {
+                self.note(Cause::Spill, extent.bytes(), start, self.now_us());
+                Place::Disk(Arc::new(on_disk))
+            }
+            Err(error) => {
+                failed = Some(error);
+                Place::Host(extent)
+            }
+        };
+        slot.segments()[index].place = place;
+        if let Some(error) = failed {
+            let mut state = self.state();
+            state.spill_error = Some(error);
+            // Still the oldest: the next attempt to make room starts with it again.
+            state.slots.push_front(Arc::downgrade(&slot));
+        }
+    }
+}
+
+impl State {
+    fn queue(&mut self, direction: Direction) -> &mut VecDeque<Copy> {
+        match direction {
+            Direction::Offload => &mut self.offloads,
+            Direction::Onboard => &mut self.onboards,
+        }
+    }
+}
+
+/// `(offset, length)` of the pieces of `bytes`.
+fn pieces(bytes: usize, piece_bytes: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..bytes).step_by(piece_bytes.max(1)).map(move |offset| (offset, piece_bytes.min(bytes - offset)))
+}
