@@ -13,6 +13,7 @@ mod error;
 mod gate;
 mod inflight;
 mod memory;
+mod process;
 pub mod sim;
 mod traits;
 
@@ -20,6 +21,7 @@ pub use error::{Error, Result};
 pub use gate::Gate;
 pub use inflight::{InFlight, offload, onboard};
 pub use memory::{DeviceRange, HostExtent, HostSlab, Keep};
+pub use process::malloc_bytes_in_use;
 pub use traits::{
     Device, DeviceInfo, DeviceRef, Direction, Event, EventRef, HostQueue, Job, QueueRef, RawCopy, Stream,
     StreamRef,

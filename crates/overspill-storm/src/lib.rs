@@ -1,2 +1,18 @@
 #![forbid(unsafe_code)]
-//! See `ARCHITECTURE.md` for the place of this crate.
+//! What to keep and what to offload of a training step.
+//!
+//! Autograd saves tensors in forward and asks for them in backward. The edge to PyTorch reports
+//! each saved piece of storage (a *unit*) to a [`Planner`]; the planner records the step
+//! ([`StepRecord`]), and from the second step on answers from a [`Plan`]. [`make_plan`] is a pure
+//! function of a record and [`Limits`]; [`simulate`] prices any plan on any link. Nothing here
+//! touches memory, streams or Python.
+
+mod plan;
+mod planner;
+mod record;
+mod simulate;
+
+pub use plan::{Action, Limits, Plan, make_plan};
+pub use planner::{Error, Planner, Sample, UnitId};
+pub use record::{Event, StepRecord, Unit};
+pub use simulate::{Link, Prediction, simulate};

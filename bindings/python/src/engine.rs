@@ -1,0 +1,182 @@
+//! The transfer engine for Python.
+
+use std::{path::PathBuf, sync::Arc};
+
+use overspill_device::{DeviceRange, DeviceRef, Keep, StreamRef, sim};
+use overspill_engine::{self as engine, Cause, EngineConfig, SpillConfig};
+use pyo3::{exceptions::PyValueError, prelude::*};
+
+use crate::errors::{device_error, engine_error};
+
+/// Moves bytes between a device, host memory and a spill file.
+///
+/// `device` is "cpu" (device memory is the process's own RAM), "sim" (the same under a schedule
+/// drawn from `seed`), or "cuda" / "cuda:N". Sizes are in bytes.
+#[pyclass(frozen, module = "overspill._native")]
+pub struct Engine {
+    engine: engine::Engine,
+    device: DeviceRef,
+}
+
+/// Bytes that left the device; given up when this object is.
+#[pyclass(frozen, module = "overspill._native")]
+pub struct Slot(engine::Slot);
+
+/// A slot on its way back.
+#[pyclass(frozen, module = "overspill._native")]
+pub struct Onboarding {
+    onboarding: engine::Onboarding,
+    device: DeviceRef,
+}
+
+/// A lease on memory that `owner` keeps alive: `address .. address + bytes`.
+pub fn lease(address: u64, bytes: usize, owner: Py<PyAny>) -> DeviceRange {
+    let keep: Keep = Arc::new(owner);
+    // SAFETY: the Python edge passes the address of a storage together with the storage itself (or
+    // a tensor over it), which keeps it allocated and which is held here until the copy has passed.
+    // PyO3 defers the decrement when the last lease is dropped on a thread without the GIL.
+    unsafe { DeviceRange::from_raw(address, bytes, keep) }
+}
+
+fn stream(py: Python<'_>, device: &DeviceRef, handle: u64) -> PyResult<StreamRef> {
+    device.wrap_stream(handle).map_err(|error| device_error(py, &error))
+}
+
+#[pymethods]
+impl Engine {
+    #[new]
+    #[pyo3(signature = (device, *, host_budget_bytes, slab_bytes, segment_bytes, spill_dir=None, spill_limit_bytes=0, eager_spill=true, seed=None, trace=false))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python constructor")]
+    fn new(
+        py: Python<'_>,
+        device: &str,
+        host_budget_bytes: usize,
+        slab_bytes: usize,
+        segment_bytes: usize,
+        spill_dir: Option<PathBuf>,
+        spill_limit_bytes: u64,
+        eager_spill: bool,
+        seed: Option<u64>,
+        trace: bool,
+    ) -> PyResult<Self> {
+        let device = open(py, device, seed)?;
+        let spill =
+            spill_dir.map(|dir| SpillConfig { dir, limit_bytes: spill_limit_bytes, eager: eager_spill });
+        let config = EngineConfig { host_budget_bytes, slab_bytes, segment_bytes, spill, trace };
+        let engine =
+            engine::Engine::new(Arc::clone(&device), config).map_err(|error| engine_error(&error))?;
+        Ok(Self { engine, device })
+    }
+
+    /// Copies `bytes` at `address` away, behind what `stream` has been given so far. `owner` keeps
+    /// the memory alive and is let go when the copy has passed or after `release_source`.
+    fn offload(
+        &self,
+        py: Python<'_>,
+        address: u64,
+        bytes: usize,
+        owner: Py<PyAny>,
+        stream: u64,
+    ) -> PyResult<Slot> {
+        let compute = self::stream(py, &self.device, stream)?;
+        let source = lease(address, bytes, owner);
+        py.detach(|| self.engine.offload(&source, &compute, Cause::Offload))
+            .map(Slot)
+            .map_err(|error| engine_error(&error))
+    }
+
+    /// Makes `stream` wait for the copy of `slot` (and of all before it) and lets their owners go.
+    fn release_source(&self, py: Python<'_>, slot: &Slot, stream: u64) -> PyResult<()> {
+        let compute = self::stream(py, &self.device, stream)?;
+        py.detach(|| self.engine.release_source(&slot.0, &compute)).map_err(|error| engine_error(&error))
+    }
+
+    /// Starts bringing `slot` back to `address`, which `stream` may overwrite from now on.
+    #[pyo3(signature = (slot, address, bytes, owner, stream, *, prefetch))]
+    #[expect(clippy::too_many_arguments, reason = "a lease is three arguments at this border")]
+    fn onboard(
+        &self,
+        py: Python<'_>,
+        slot: &Slot,
+        address: u64,
+        bytes: usize,
+        owner: Py<PyAny>,
+        stream: u64,
+        prefetch: bool,
+    ) -> PyResult<Onboarding> {
+        let compute = self::stream(py, &self.device, stream)?;
+        let destination = lease(address, bytes, owner);
+        let cause = if prefetch { Cause::Prefetch } else { Cause::OnDemand };
+        let onboarding = py
+            .detach(|| self.engine.onboard(&slot.0, &destination, &compute, cause))
+            .map_err(|error| engine_error(&error))?;
+        Ok(Onboarding { onboarding, device: Arc::clone(&self.device) })
+    }
+
+    /// Takes the whole host budget now.
+    fn reserve_host(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.engine.reserve_host()).map_err(|error| engine_error(&error))
+    }
+
+    /// Blocks until nothing is under way.
+    fn drain(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.engine.drain()).map_err(|error| engine_error(&error))
+    }
+
+    /// Counters as JSON: `pool`, `disk_bytes`, and per cause `count`, `bytes`, `busy_us`.
+    fn counters_json(&self) -> PyResult<String> {
+        let stats = self.engine.stats().map_err(|error| engine_error(&error))?;
+        let document = serde_json::json!({
+            "pool": self.engine.pool_counters(),
+            "disk_bytes": self.engine.disk_bytes(),
+            "flows": stats,
+        });
+        Ok(document.to_string())
+    }
+
+    /// The timeline of transfers as Perfetto JSON; empty unless made with `trace=True`.
+    fn trace_json(&self) -> PyResult<String> {
+        Ok(self.engine.trace().map_err(|error| engine_error(&error))?.to_json().to_string())
+    }
+
+    /// Name of the device.
+    #[getter]
+    fn device_name(&self) -> String {
+        self.device.info().name.clone()
+    }
+}
+
+#[pymethods]
+impl Slot {
+    /// Length in bytes.
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.0.bytes()
+    }
+}
+
+#[pymethods]
+impl Onboarding {
+    /// Makes `stream` wait for the bytes; returns the microseconds for which the host was blocked.
+    fn wait(&self, py: Python<'_>, stream: u64) -> PyResult<f64> {
+        let compute = self::stream(py, &self.device, stream)?;
+        let begin = std::time::Instant::now();
+        py.detach(|| self.onboarding.wait_on(&compute)).map_err(|error| engine_error(&error))?;
+        Ok(begin.elapsed().as_secs_f64() * 1e6)
+    }
+}
+
+fn open(py: Python<'_>, device: &str, seed: Option<u64>) -> PyResult<DeviceRef> {
+    match (device, seed) {
+        ("cpu", None) => Ok(sim::SimDevice::threads()),
+        ("cpu" | "sim", Some(seed)) => {
+            Ok(sim::SimDevice::seeded(sim::SimConfig { seed, ..sim::SimConfig::default() }))
+        }
+        _ => {
+            let _ = py;
+            Err(PyValueError::new_err(format!(
+                "device {device:?} is not known; expected \"cpu\", \"sim\" (with a seed) or \"cuda:N\""
+            )))
+        }
+    }
+}

@@ -1,0 +1,96 @@
+"""What the engine has to ask PyTorch about a device: streams, bytes in use, room."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+
+from . import _native
+
+
+@dataclass
+class CpuEdge:
+    """The device tier is the process's own RAM; there is one stream, the calling thread."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    engine_name: str = "cpu"
+
+    def allocated_bytes(self) -> int:
+        """Bytes that malloc has handed out in this process, torch's tensors among them."""
+        return _native.malloc_bytes_in_use()
+
+    def free_bytes(self) -> int:
+        """Bytes that a process can still take."""
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    def stream(self) -> int:
+        """Handle of the current stream."""
+        return 0
+
+    def join(self, stream: int) -> None:
+        """Makes the current stream wait for what ``stream`` has been given."""
+
+    def reset_peak(self) -> None:
+        """Begins a new measurement of the peak."""
+
+    def peak_bytes(self) -> int | None:
+        """Most bytes allocated since ``reset_peak``, or None where nobody counts them."""
+        return None
+
+
+@dataclass
+class CudaEdge:
+    """A CUDA device, through torch's caching allocator and streams."""
+
+    device: torch.device
+
+    @property
+    def engine_name(self) -> str:
+        """Name of the device for the engine."""
+        return f"cuda:{self.device.index}"
+
+    def allocated_bytes(self) -> int:
+        """Bytes in live tensors."""
+        return torch.cuda.memory_allocated(self.device)
+
+    def free_bytes(self) -> int:
+        """Bytes that the driver says are free, with those that torch has cached."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free + cached
+
+    def stream(self) -> int:
+        """Handle of the current stream; asked for inside every hook, since threads differ."""
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def join(self, stream: int) -> None:
+        """Makes the current stream wait for what ``stream`` has been given."""
+        other = torch.cuda.ExternalStream(stream, device=self.device)
+        torch.cuda.current_stream(self.device).wait_stream(other)
+
+    def reset_peak(self) -> None:
+        """Begins a new measurement of the peak."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_bytes(self) -> int | None:
+        """Most bytes in live tensors since ``reset_peak``."""
+        return torch.cuda.max_memory_allocated(self.device)
+
+
+Edge = CpuEdge | CudaEdge
+
+
+def edge_for(device: torch.device) -> Edge:
+    """The edge of ``device``.
+
+    Raises:
+        DeviceError: overspill does not run on this kind of device.
+    """
+    if device.type == "cpu":
+        return CpuEdge()
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return CudaEdge(torch.device("cuda", index))
+    raise _native.DeviceError(f"device {device} is not supported; move the model to cpu or cuda")

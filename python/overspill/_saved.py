@@ -1,0 +1,118 @@
+"""What stands in the graph in place of a saved tensor, and the storage behind it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+if TYPE_CHECKING:
+    from ._native import Onboarding, Slot
+    from .storm import Storm
+
+# A unit starts on this, so that a tensor restored from it is as well aligned as it was: cuBLAS
+# chooses kernels by alignment. torch's CUDA allocator gives out multiples of 512 bytes.
+ALIGN_BYTES = 512
+
+
+class Unit:
+    """A run of one storage at one version, saved by autograd once or several times.
+
+    Its bytes are on the device (``source``: not gone yet; ``buffer``: brought back), in ``slot``,
+    or both. It dies with the last :class:`Saved` that refers to it.
+    """
+
+    __slots__ = (
+        "__weakref__", "buffer", "buffer_ref", "id", "nbytes", "onboarding", "pending", "round", "saves",
+        "slot", "source", "start", "storage_ref", "storm", "stream", "version",
+    )  # fmt: skip
+
+    def __init__(
+        self, storm: Storm, unit_id: int, storage: torch.UntypedStorage, start: int, nbytes: int, version: int
+    ) -> None:
+        self.storm = storm
+        self.id = unit_id
+        # While this weak reference lives, no other storage gets the same address.
+        self.storage_ref = StorageWeakRef(storage)
+        self.start = start
+        self.nbytes = nbytes
+        self.version = version
+        self.slot: Slot | None = None
+        self.source: torch.UntypedStorage | None = None
+        self.buffer: torch.UntypedStorage | None = None
+        self.buffer_ref: StorageWeakRef | None = None
+        self.onboarding: Onboarding | None = None
+        self.stream = 0
+        self.saves = 0
+        self.pending = 0
+        self.round = 0
+
+    def covers(self, start: int, end: int, version: int) -> bool:
+        """Whether bytes ``start..end`` of the storage at ``version`` are part of this unit."""
+        return self.version == version and self.start <= start and end <= self.start + self.nbytes
+
+    def __del__(self) -> None:
+        self.storm._freed(self)
+
+
+class Saved:
+    """One saved tensor: how to see it again, and whether it was written to meanwhile."""
+
+    __slots__ = ("name", "offset", "probe", "round", "shape", "stride", "tensor", "unit", "version")
+
+    def __init__(self, tensor: torch.Tensor, unit: Unit | None, keep: bool) -> None:
+        self.version = tensor._version
+        self.unit = unit
+        self.shape = tensor.shape
+        self.name = _output_name(tensor)
+        self.round = -1
+        if keep:
+            # A leaf is held as it is (autograd holds it anyhow, and `leaf.data = x` must be seen);
+            # anything else without its history, which would be a cycle through its own node.
+            self.tensor = tensor if tensor.is_leaf and tensor.requires_grad else tensor.detach()
+            self.probe = self.tensor
+            return
+        self.stride = tensor.stride()
+        self.offset = tensor.storage_offset()
+        self.tensor = None
+        # Shares the version counter of the tensor without its storage.
+        self.probe = tensor.detach()
+        self.probe.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+    def check_version(self) -> None:
+        """Raises what autograd raises for a saved tensor that was modified in place."""
+        if self.probe._version != self.version:
+            kind = f"{self.probe.type()} {list(self.shape)}"
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace "
+                f"operation: [{kind}]{self.name} is at version {self.probe._version}; expected version "
+                f"{self.version} instead. Hint: enable anomaly detection to find the operation that failed to "
+                "compute its gradient, with torch.autograd.set_detect_anomaly(True, check_nan=False)."
+            )
+
+    def view(self, storage: torch.UntypedStorage, start: int) -> torch.Tensor:
+        """The tensor over ``storage``, which holds the bytes of its storage from ``start`` on."""
+        empty = torch.empty(0, dtype=self.probe.dtype, device=self.probe.device)
+        offset = self.offset - start // empty.element_size()
+        return empty.set_(storage, offset, self.shape, self.stride)
+
+
+def _output_name(tensor: torch.Tensor) -> str:
+    node = tensor.grad_fn
+    return "" if node is None else f", which is output {tensor.output_nr} of {node.name()},"
+
+
+def span(tensor: torch.Tensor, storage_bytes: int) -> tuple[int, int]:
+    """The bytes ``start, end`` of its storage that have to move for ``tensor``.
+
+    The whole storage when the tensor spans at least half of it (its siblings are likely saved too),
+    else its own range, on aligned bounds.
+    """
+    itemsize = tensor.element_size()
+    start = tensor.storage_offset() * itemsize
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = start + (last + 1) * itemsize
+    if 2 * (end - start) >= storage_bytes:
+        return 0, storage_bytes
+    return start // ALIGN_BYTES * ALIGN_BYTES, min(-(-end // ALIGN_BYTES) * ALIGN_BYTES, storage_bytes)
