@@ -1,0 +1,17 @@
+"""What every test of the Python edge starts from."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tiny tensors: threads cost more than they save, and two test machines then agree."""
+    torch.set_num_threads(1)
