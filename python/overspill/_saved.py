@@ -19,17 +19,20 @@ ALIGN_BYTES = 512
 class Unit:
     """A run of one storage at one version, saved by autograd once or several times.
 
+    "One version" is one number of one counter: tensors that share a storage may count apart (the
+    gates of an LSTM cell are ``unsafe_chunk``s, each written in place after its sibling was saved).
+
     Its bytes are on the device (``source``: not gone yet; ``buffer``: brought back), in ``slot``,
     or both. It dies with the last :class:`Saved` that refers to it.
     """
 
     __slots__ = (
-        "__weakref__", "buffer", "buffer_ref", "id", "nbytes", "onboarding", "pending", "round", "saves",
+        "__weakref__", "buffer", "buffer_ref", "id", "nbytes", "onboarding", "pending", "probe", "round", "saves",
         "slot", "source", "start", "storage_ref", "storm", "stream", "version",
     )  # fmt: skip
 
     def __init__(
-        self, storm: Storm, unit_id: int, storage: torch.UntypedStorage, start: int, nbytes: int, version: int
+        self, storm: Storm, unit_id: int, storage: torch.UntypedStorage, start: int, nbytes: int, tensor: torch.Tensor
     ) -> None:
         self.storm = storm
         self.id = unit_id
@@ -37,7 +40,10 @@ class Unit:
         self.storage_ref = StorageWeakRef(storage)
         self.start = start
         self.nbytes = nbytes
-        self.version = version
+        self.version = tensor._version
+        # Shares the version counter of the tensor without its storage.
+        self.probe = tensor.detach()
+        self.probe.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         self.slot: Slot | None = None
         self.source: torch.UntypedStorage | None = None
         self.buffer: torch.UntypedStorage | None = None
@@ -48,9 +54,17 @@ class Unit:
         self.pending = 0
         self.round = 0
 
-    def covers(self, start: int, end: int, version: int) -> bool:
-        """Whether bytes ``start..end`` of the storage at ``version`` are part of this unit."""
-        return self.version == version and self.start <= start and end <= self.start + self.nbytes
+    def covers(self, start: int, end: int, tensor: torch.Tensor) -> bool:
+        """Whether bytes ``start..end`` of the storage are part of this unit, as ``tensor`` has them now."""
+        within = self.start <= start and end <= self.start + self.nbytes
+        return within and self.version == tensor._version and self._shares_version_counter(tensor)
+
+    def _shares_version_counter(self, tensor: torch.Tensor) -> bool:
+        # Nothing tells two counters apart but counting: the probe has no bytes to be written.
+        before = tensor._version
+        with torch.autograd._unsafe_preserve_version_counter(self.probe):
+            self.probe.zero_()
+            return tensor._version != before
 
     def __del__(self) -> None:
         self.storm._freed(self)
@@ -59,7 +73,7 @@ class Unit:
 class Saved:
     """One saved tensor: how to see it again, and whether it was written to meanwhile."""
 
-    __slots__ = ("name", "offset", "probe", "round", "shape", "stride", "tensor", "unit", "version")
+    __slots__ = ("dtype", "name", "offset", "probe", "round", "shape", "stride", "tensor", "unit", "version")
 
     def __init__(self, tensor: torch.Tensor, unit: Unit | None, keep: bool) -> None:
         self.version = tensor._version
@@ -73,12 +87,12 @@ class Saved:
             self.tensor = tensor if tensor.is_leaf and tensor.requires_grad else tensor.detach()
             self.probe = self.tensor
             return
+        assert unit is not None
+        self.dtype = tensor.dtype
         self.stride = tensor.stride()
         self.offset = tensor.storage_offset()
         self.tensor = None
-        # Shares the version counter of the tensor without its storage.
-        self.probe = tensor.detach()
-        self.probe.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        self.probe = unit.probe
 
     def check_version(self) -> None:
         """Raises what autograd raises for a saved tensor that was modified in place."""
@@ -93,7 +107,7 @@ class Saved:
 
     def view(self, storage: torch.UntypedStorage, start: int) -> torch.Tensor:
         """The tensor over ``storage``, which holds the bytes of its storage from ``start`` on."""
-        empty = torch.empty(0, dtype=self.probe.dtype, device=self.probe.device)
+        empty = torch.empty(0, dtype=self.dtype, device=storage.device)
         offset = self.offset - start // empty.element_size()
         return empty.set_(storage, offset, self.shape, self.stride)
 

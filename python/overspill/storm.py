@@ -142,10 +142,10 @@ class Storm:
         key = storage._cdata
         for ref in self._by_storage.get(key, ()):
             unit = ref()
-            if unit is not None and unit.covers(start, end, tensor._version):
+            if unit is not None and unit.covers(start, end, tensor):
                 break
         else:
-            unit = self._new_unit(storage, key, start, end - start, tensor._version)
+            unit = self._new_unit(storage, key, start, end - start, tensor)
         unit.saves += 1
         unit.pending += 1
         return Saved(tensor, unit, keep=unit.slot is None)
@@ -195,12 +195,12 @@ class Storm:
     # ---- units -------------------------------------------------------------------------------
 
     def _new_unit(
-        self, storage: torch.UntypedStorage, key: int, start: int, nbytes: int, version: int
+        self, storage: torch.UntypedStorage, key: int, start: int, nbytes: int, tensor: torch.Tensor
     ) -> Unit:
         if not self._units:
             self._edge.reset_peak()
         unit_id, keep = self._planner.pack(nbytes, self._edge.allocated_bytes())
-        unit = Unit(self, unit_id, storage, start, nbytes, version)
+        unit = Unit(self, unit_id, storage, start, nbytes, tensor)
         self._units[unit_id] = unit
         self._by_storage.setdefault(key, []).append(weakref.ref(unit))
         self._counts["kept" if keep else "offloaded"] += 1
