@@ -1,2 +1,30 @@
-#![forbid(unsafe_code)]
-//! See `ARCHITECTURE.md` for the place of this crate.
+#![deny(unsafe_code)]
+//! Encoders and reference decoders of the TPDE weight delta format: pure functions over byte slices.
+//!
+//! The unit of work is the **segment**: at most [`SEGMENT_WORDS`] consecutive words of one tensor. A segment
+//! encodes into a head (tables shared by its chunks), fixed-size [`ChunkRecord`]s and a blob of chunk payloads;
+//! `docs/tpde-format.md` is the specification and the modules here mirror it. Any chunk decodes on its own,
+//! given the head and the base's words of that chunk.
+//!
+//! This crate does no I/O, knows no file names, keeps no state between calls, and starts no threads: callers
+//! spread segments or chunks over cores as they like.
+
+mod bits;
+mod chunk;
+mod dtype;
+mod elias;
+mod encode;
+mod error;
+mod head;
+mod record;
+mod segment;
+mod words;
+
+pub use chunk::ChunkMode;
+pub use dtype::{Dtype, FloatLayout};
+pub use encode::{CodecChoice, EncodeOptions, EncodedSegment, ModeCount, SegmentStats, encode_segment};
+pub use error::CodecError;
+pub use record::{ChunkRecord, RECORD_BYTES};
+pub use segment::{
+    Base, BaseKind, PatchKind, QuantLayout, SEGMENT_WORDS, SegmentSpec, SegmentView, segments,
+};
