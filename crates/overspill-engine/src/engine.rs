@@ -5,8 +5,9 @@
 //! [`Onboarding::wait_on`]. Copies stay in a queue per direction, with their leases, until their
 //! events have passed or the compute stream has been made to wait for them.
 //!
-//! Locks: the state's mutex is never held across a wait, a copy, a file operation, or the drop of a
-//! lease (which may run somebody else's destructor).
+//! Locks: neither the state's nor a slot's mutex is held across a call into the device, a file
+//! operation, or the drop of a lease: the seeded device may run any job inside any call, and a lease
+//! may run somebody else's destructor.
 
 use std::{
     collections::VecDeque,
@@ -189,15 +190,13 @@ impl Engine {
     /// Blocks until nothing is under way in any direction.
     pub fn drain(&self) -> Result<()> {
         let shared = &self.0;
-        loop {
-            let gate = shared.state().spills.pop_front();
-            match gate {
-                Some(gate) => shared.device.block_on(&gate),
-                None if shared.wait_oldest(Direction::Offload)? => {}
-                None if shared.wait_oldest(Direction::Onboard)? => {}
-                None => break,
-            }
+        for queue in shared.spill.iter().flat_map(|spill| [&spill.writer, &spill.reader]) {
+            let gate = Arc::new(Gate::new());
+            let last = Arc::clone(&gate);
+            queue.push(Box::new(move || last.open()));
+            shared.device.block_on(&gate);
         }
+        while shared.wait_oldest(Direction::Offload)? || shared.wait_oldest(Direction::Onboard)? {}
         shared.reap()
     }
 
@@ -331,12 +330,16 @@ impl Shared {
     }
 
     fn pop_done(&self, direction: Direction) -> Result<Option<Copy>> {
+        let front =
+            self.state().queue(direction).front().map(|c| (c.sequence, Arc::clone(c.in_flight.event())));
+        let Some((sequence, event)) = front else { return Ok(None) };
+        if !event.is_done()? {
+            return Ok(None);
+        }
         let mut state = self.state();
         let queue = state.queue(direction);
-        match queue.front() {
-            Some(copy) if copy.in_flight.is_done()? => Ok(queue.pop_front()),
-            _ => Ok(None),
-        }
+        let still_first = queue.front().is_some_and(|copy| copy.sequence == sequence);
+        Ok(if still_first { queue.pop_front() } else { None })
     }
 
     fn finish(&self, copy: Copy) -> Result<()> {
@@ -421,21 +424,25 @@ impl Shared {
     /// Queues the write of every segment of `slot` that is in host memory; false if there is none.
     fn spill_slot(self: &Arc<Self>, slot: &Arc<slot::Inner>) -> bool {
         let Some(spill) = &self.spill else { return false };
-        let mut found = false;
+        let mut found = Vec::new();
         for (index, segment) in slot.segments().iter_mut().enumerate() {
             if let Place::Host(extent) = &segment.place {
-                let (extent, gate) = (Arc::clone(extent), Arc::new(Gate::new()));
+                let extent = Arc::clone(extent);
                 segment.place = Place::Spilling(Arc::clone(&extent));
-                self.state().spills.push_back(Arc::clone(&gate));
-                let (shared, slot) = (Arc::clone(self), Arc::downgrade(slot));
-                spill.writer.push(Box::new(move || {
-                    shared.write_segment(&slot, index, extent);
-                    gate.open();
-                }));
-                found = true;
+                found.push((index, extent));
             }
         }
-        found
+        let any = !found.is_empty();
+        for (index, extent) in found {
+            let gate = Arc::new(Gate::new());
+            self.state().spills.push_back(Arc::clone(&gate));
+            let (shared, slot) = (Arc::clone(self), Arc::downgrade(slot));
+            spill.writer.push(Box::new(move || {
+                shared.write_segment(&slot, index, extent);
+                gate.open();
+            }));
+        }
+        any
     }
 
     fn write_segment(&self, slot: &Weak<slot::Inner>, index: usize, extent: Arc<HostExtent>) {
