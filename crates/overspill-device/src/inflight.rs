@@ -40,15 +40,12 @@ impl InFlight {
         self.event.is_done()
     }
 
-    /// Makes `stream` wait for the copies, then gives up the leases on device memory without
-    /// waiting on the host. Only for memory whose owner reuses it in the order of `stream`, as
-    /// PyTorch's allocator does for tensors allocated on it. The host extents stay leased.
-    pub fn release_device_on(&mut self, stream: &StreamRef) -> Result<()> {
-        stream.wait(&self.event)?;
-        for (range, _) in &mut self.pairs {
-            *range = DeviceRange::released();
-        }
-        Ok(())
+    /// Takes out the leases on device memory before the copies have passed. Only for memory whose
+    /// owner reuses it in the order of a stream that has been made to wait for [`InFlight::event`],
+    /// as PyTorch's allocator does for tensors of its current stream. The host extents stay leased.
+    #[must_use = "drop the leases outside of any lock"]
+    pub fn take_device_leases(&mut self) -> Vec<DeviceRange> {
+        self.pairs.iter_mut().map(|(range, _)| std::mem::replace(range, DeviceRange::released())).collect()
     }
 }
 

@@ -97,7 +97,11 @@ impl Engine {
             }),
         };
         let shared = Shared {
-            pool: HostPool::new(Arc::clone(&device), config.host_budget_bytes, config.slab_bytes),
+            pool: HostPool::new(
+                Arc::clone(&device),
+                config.host_budget_bytes,
+                config.slab_bytes.max(config.segment_bytes),
+            ),
             out_stream: device.new_stream("offload")?,
             in_stream: device.new_stream("onboard")?,
             spill,
@@ -371,20 +375,17 @@ impl Shared {
         Ok(true)
     }
 
+    /// Makes `compute` wait for the copies up to `sequence`, then lets their device leases go.
     fn release_through(&self, direction: Direction, sequence: u64, compute: &StreamRef) -> Result<()> {
-        let mut copies: Vec<Copy> = {
-            let mut state = self.state();
-            let queue = state.queue(direction);
-            let count = queue.iter().take_while(|copy| copy.sequence <= sequence).count();
-            queue.drain(..count).collect()
-        };
-        // One stream carries a direction, so the last copy's event covers those before it.
-        let released = copies.iter_mut().rev().try_for_each(|copy| copy.in_flight.release_device_on(compute));
-        let mut state = self.state();
-        for copy in copies.into_iter().rev() {
-            state.queue(direction).push_front(copy);
+        let events: Vec<EventRef> =
+            self.state().up_to(direction, sequence).map(|copy| Arc::clone(copy.in_flight.event())).collect();
+        for event in &events {
+            compute.wait(event)?;
         }
-        Ok(released?)
+        let leases: Vec<_> =
+            self.state().up_to(direction, sequence).map(|copy| copy.in_flight.take_device_leases()).collect();
+        drop(leases);
+        Ok(())
     }
 
     /// Room in the host tier, made if need be.
@@ -406,7 +407,8 @@ impl Shared {
                 || self.wait_oldest(Direction::Offload)?
                 || self.wait_oldest(Direction::Onboard)?;
             if !waited {
-                return Err(self.pool.full(bytes));
+                // What was under way at the first look may have ended since.
+                return self.pool.try_alloc(bytes)?.ok_or_else(|| self.pool.full(bytes));
             }
         }
     }
@@ -471,6 +473,10 @@ impl Shared {
 }
 
 impl State {
+    fn up_to(&mut self, direction: Direction, sequence: u64) -> impl Iterator<Item = &mut Copy> {
+        self.queue(direction).iter_mut().take_while(move |copy| copy.sequence <= sequence)
+    }
+
     fn queue(&mut self, direction: Direction) -> &mut VecDeque<Copy> {
         match direction {
             Direction::Offload => &mut self.offloads,

@@ -4,7 +4,10 @@
 //! and a copy in flight is an owner, so a byte is never reused before its copy has passed. Slabs go
 //! back to the device when the pool and all its extents are gone.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    ops::Range,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use overspill_device::{DeviceRef, HostExtent, HostSlab, Keep};
 use serde::Serialize;
@@ -48,31 +51,22 @@ impl HostPool {
 
     /// Reserves the whole budget now, so that no later call waits for the operating system.
     pub fn reserve_all(&self) -> Result<()> {
-        let mut inner = self.lock();
-        while inner.grow(1)? {}
+        while self.grow(1)? {}
         Ok(())
     }
 
     /// An extent of exactly `bytes`, or `None` if the budget has no room for it now.
     pub fn try_alloc(&self, bytes: usize) -> Result<Option<HostExtent>> {
-        let mut inner = self.lock();
-        let found = match inner.find(bytes) {
-            Some(found) => found,
-            None if inner.grow(bytes)? => match inner.find(bytes) {
-                Some(found) => found,
-                None => return Ok(None),
-            },
-            None => return Ok(None),
-        };
-        let (index, run) = found;
-        let taken = run.end - run.start;
-        inner.counters.bytes_in_use += taken;
-        inner.counters.bytes_peak = inner.counters.bytes_peak.max(inner.counters.bytes_in_use);
-        let slab = inner.slabs[index].0.clone();
-        drop(inner);
-        let start = usize::try_from(run.start).unwrap_or(usize::MAX);
-        let guard: Keep = Arc::new(Guard { pool: self.clone(), index, run: Some(run) });
-        Ok(Some(slab.claim_with(start..start.saturating_add(bytes), Some(guard))?))
+        loop {
+            if let Some((slab, index, run)) = self.lock().find(bytes) {
+                let start = usize::try_from(run.start).unwrap_or(usize::MAX);
+                let guard: Keep = Arc::new(Guard { pool: self.clone(), index, run: Some(run) });
+                return Ok(Some(slab.claim_with(start..start.saturating_add(bytes), Some(guard))?));
+            }
+            if !self.grow(bytes)? {
+                return Ok(None);
+            }
+        }
     }
 
     /// The error for an allocation that can never succeed or has nothing to wait for.
@@ -96,31 +90,50 @@ impl HostPool {
         self.lock().counters
     }
 
+    /// Adds a slab that holds at least `bytes`, if the budget allows it. Page-locking takes the
+    /// operating system its time, so the books are not locked meanwhile.
+    fn grow(&self, bytes: usize) -> Result<bool> {
+        let (device, slab_bytes) = {
+            let mut inner = self.lock();
+            let Some(slab_bytes) = inner.next_slab_bytes(bytes) else { return Ok(false) };
+            inner.counters.bytes_reserved += slab_bytes as u64;
+            (Arc::clone(&inner.device), slab_bytes)
+        };
+        let slab = device.alloc_host(slab_bytes);
+        let mut inner = self.lock();
+        match slab {
+            Ok(slab) => {
+                inner.slabs.push((slab, Extents::new(slab_bytes as u64, GRANULE_BYTES)));
+                Ok(true)
+            }
+            Err(error) => {
+                inner.counters.bytes_reserved -= slab_bytes as u64;
+                Err(error.into())
+            }
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Inner {
-    fn find(&mut self, bytes: usize) -> Option<(usize, std::ops::Range<u64>)> {
-        self.slabs
-            .iter_mut()
-            .enumerate()
-            .find_map(|(index, (_, extents))| extents.alloc(bytes as u64).map(|run| (index, run)))
+    fn find(&mut self, bytes: usize) -> Option<(HostSlab, usize, Range<u64>)> {
+        let found = self.slabs.iter_mut().enumerate().find_map(|(index, (slab, extents))| {
+            extents.alloc(bytes as u64).map(|run| (slab.clone(), index, run))
+        })?;
+        self.counters.bytes_in_use += found.2.end - found.2.start;
+        self.counters.bytes_peak = self.counters.bytes_peak.max(self.counters.bytes_in_use);
+        Some(found)
     }
 
-    /// Adds a slab that holds at least `bytes`, if the budget allows it.
-    fn grow(&mut self, bytes: usize) -> Result<bool> {
+    /// Size of a slab to add for an extent of `bytes`, within the budget.
+    fn next_slab_bytes(&self, bytes: usize) -> Option<usize> {
         let left = self.budget_bytes - usize::try_from(self.counters.bytes_reserved).unwrap_or(usize::MAX);
         let granule = GRANULE_BYTES as usize;
         let slab_bytes = bytes.next_multiple_of(granule).max(self.slab_bytes).min(left) / granule * granule;
-        if slab_bytes == 0 || slab_bytes < bytes {
-            return Ok(false);
-        }
-        let slab = self.device.alloc_host(slab_bytes)?;
-        self.slabs.push((slab, Extents::new(slab_bytes as u64, GRANULE_BYTES)));
-        self.counters.bytes_reserved += slab_bytes as u64;
-        Ok(true)
+        (slab_bytes > 0 && slab_bytes >= bytes).then_some(slab_bytes)
     }
 }
 
@@ -128,7 +141,7 @@ impl Inner {
 struct Guard {
     pool: HostPool,
     index: usize,
-    run: Option<std::ops::Range<u64>>,
+    run: Option<Range<u64>>,
 }
 
 impl Drop for Guard {

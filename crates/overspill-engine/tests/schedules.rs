@@ -58,12 +58,10 @@ fn step(seed: u64, planted: Planted, spill: Option<SpillFile>) -> Result<(), Str
         let slot = engine.offload(&tensor, &compute_ref, Cause::Offload).map_err(|e| e.to_string())?;
         if rng.bool() {
             engine.release_source(&slot, &compute_ref).map_err(|e| e.to_string())?;
-        }
-        // Whatever reuses the memory in the order of the compute stream may write from here on.
-        let (writer, target) = (Arc::clone(&device), tensor.clone());
-        if rng.bool() {
-            engine.release_source(&slot, &compute_ref).map_err(|e| e.to_string())?;
-            compute.launch(move || writer.write(&target, &vec![0xEE; target.bytes()]));
+            // Whatever reuses the memory in the order of the compute stream may write from here on,
+            // and it is freed in that order, as PyTorch's allocator does.
+            let writer = Arc::clone(&device);
+            compute.launch(move || writer.write(&tensor, &vec![0xEE; tensor.bytes()]));
         }
         slots.push(slot);
     }
