@@ -1,10 +1,11 @@
 //! Chunk payloads: a mode byte and the mode's own bytes.
 
-use crate::CodecError;
-use crate::elias;
-use crate::head::Head;
+use crate::classes::KeyMap;
+use crate::head::{DenseTables, Head};
+use crate::scan::ValueMap;
 use crate::segment::{SegmentSpec, check_len};
 use crate::words::Word;
+use crate::{CodecError, dense, elias, planes, sparse};
 
 /// How a chunk is coded. Discriminants are the payload's mode byte, except that a chunk of mode
 /// [`ChunkMode::Zero`] has no payload at all.
@@ -58,26 +59,25 @@ pub(crate) fn apply_payload(
     head: &Head,
     spec: &SegmentSpec,
     first_word: usize,
-    blocks: Option<&[u8]>,
     words: &mut [u8],
 ) -> Result<(), CodecError> {
     match spec.dtype.word_bytes() {
-        1 => apply_typed::<u8>(payload, head, spec, first_word, blocks, words),
-        2 => apply_typed::<u16>(payload, head, spec, first_word, blocks, words),
-        4 => apply_typed::<u32>(payload, head, spec, first_word, blocks, words),
-        _ => apply_typed::<u64>(payload, head, spec, first_word, blocks, words),
+        1 => apply_typed::<u8>(payload, head, spec, first_word, words),
+        2 => apply_typed::<u16>(payload, head, spec, first_word, words),
+        4 => apply_typed::<u32>(payload, head, spec, first_word, words),
+        _ => apply_typed::<u64>(payload, head, spec, first_word, words),
     }
 }
 
 fn apply_typed<W: Word>(
     payload: &[u8],
-    _head: &Head,
+    head: &Head,
     spec: &SegmentSpec,
-    _first_word: usize,
-    _blocks: Option<&[u8]>,
+    first_word: usize,
     words: &mut [u8],
 ) -> Result<(), CodecError> {
     let body = payload.get(1..).unwrap_or_default();
+    let no_tables = CodecError::malformed("chunk", "mode without its tables");
     match ChunkMode::of(payload)? {
         ChunkMode::Zero => Ok(()),
         ChunkMode::Raw => {
@@ -85,7 +85,49 @@ fn apply_typed<W: Word>(
             words.copy_from_slice(body);
             Ok(())
         }
+        ChunkMode::Sparse => {
+            let tables = head.sparse.as_ref().ok_or(no_tables)?;
+            sparse::apply::<W>(body, tables, spec, first_word, words)
+        }
+        ChunkMode::Dense => {
+            let tables = head.dense.as_ref().ok_or(no_tables)?;
+            dense::apply::<W>(body, &tables.classes, &KeyContext::new(spec, tables), words)
+        }
+        ChunkMode::Planes => {
+            let tables = head.planes.as_ref().ok_or(no_tables)?;
+            planes::decode::<W>(body, tables, spec.dtype.float_layout().is_some(), words)
+        }
         ChunkMode::EliasZstd => elias::apply::<W>(body, spec, words),
-        _ => Err(CodecError::malformed("chunk", "mode without its tables")),
+    }
+}
+
+/// Dense steps against words: classes by key.
+pub(crate) struct KeyContext<'a> {
+    keys: KeyMap,
+    values: ValueMap,
+    class_of_key: &'a [u8; 256],
+}
+
+impl<'a> KeyContext<'a> {
+    pub(crate) fn new(spec: &SegmentSpec, tables: &'a DenseTables) -> Self {
+        let (keys, values) = sparse::maps(spec);
+        KeyContext { keys, values, class_of_key: &tables.class_of_key }
+    }
+}
+
+impl<W: Word> dense::Context<W> for KeyContext<'_> {
+    #[inline(always)]
+    fn class(&self, _position: usize, base: W) -> usize {
+        self.class_of_key[usize::from(self.keys.key(base))].into()
+    }
+
+    #[inline(always)]
+    fn step(&self, _position: usize, base: W, new: W) -> W {
+        self.values.value(base, new)
+    }
+
+    #[inline(always)]
+    fn word(&self, _position: usize, base: W, step: W) -> W {
+        self.values.word(base, step)
     }
 }

@@ -1,12 +1,20 @@
 //! The encoder's front door: one segment in, head, records and blob out.
 
 use crate::chunk::ChunkMode;
-use crate::elias;
-use crate::head::Head;
+use crate::chunk::KeyContext;
+use crate::head::{Head, HeadPlan};
 use crate::record::payload_check;
 use crate::segment::{SEGMENT_WORDS, SegmentSpec, check_len};
+use crate::survey::{Survey, is_dense};
 use crate::words::Word;
 use crate::{Base, ChunkRecord, CodecError, Dtype, PatchKind};
+use crate::{dense, elias, planes, sparse};
+
+/// Words in a chunk when `elias-zstd` is asked for, as a power of two.
+const ELIAS_CHUNK_LOG2: u32 = 16;
+
+/// Words that are compressed to find out whether Zstandard is worth trying.
+const ZSTD_PROBE_WORDS: usize = 4096;
 
 /// Which codec the encoder may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -136,7 +144,7 @@ fn encode_typed<W: Word>(
     options: &EncodeOptions,
 ) -> Result<EncodedSegment, CodecError> {
     let zeros;
-    let base = match base {
+    let old = match base {
         Base::Words(bytes) => bytes,
         Base::None => {
             zeros = vec![0; new.len()];
@@ -146,38 +154,110 @@ fn encode_typed<W: Word>(
             return Err(CodecError::Base { why: "quantized bases are not supported yet" });
         }
     };
-    let mut stats = SegmentStats { words: spec.words as u64, ..SegmentStats::default() };
-    if base == new {
+    let stats = SegmentStats { words: spec.words as u64, ..SegmentStats::default() };
+    if old == new {
         return Ok(EncodedSegment { head: vec![0], index: vec![], blob: vec![], stats });
     }
-    let head = Head { chunk_log2: 16 };
-    let mut encoded = EncodedSegment { head: vec![], index: vec![], blob: vec![], stats };
-    head.write(&mut encoded.head);
+    let survey = Survey::of::<W>(old, new, spec);
+    let plan = match options.codec {
+        CodecChoice::Auto => survey.plan::<W>(new, spec),
+        CodecChoice::EliasZstd => HeadPlan { chunk_log2: ELIAS_CHUNK_LOG2, ..HeadPlan::default() },
+    };
+    let head_bytes = plan.to_bytes();
+    let head = Head::take(&mut head_bytes.as_slice(), spec)?;
+    let mut encoded = EncodedSegment { head: head_bytes, index: vec![], blob: vec![], stats };
+    let mut chunks = ChunkEncoder { head: &head, spec, options, try_zstd: None };
     let chunk_bytes = W::BYTES << head.chunk_log2;
-    for (chunk, (old, new)) in base.chunks(chunk_bytes).zip(new.chunks(chunk_bytes)).enumerate() {
-        let changed = count_changed(old, new, W::BYTES);
+    for (chunk, (old, new)) in old.chunks(chunk_bytes).zip(new.chunks(chunk_bytes)).enumerate() {
+        let changed = survey.changed_in(chunk, head.chunk_log2);
         let start = encoded.blob.len();
         if changed > 0 {
-            encoded.blob.push(ChunkMode::EliasZstd as u8);
-            elias::encode::<W>(old, new, spec, options.zstd_level, &mut encoded.blob)?;
-            if encoded.blob.len() - start > new.len() + 1 {
-                encoded.blob.truncate(start);
-                encoded.blob.push(ChunkMode::Raw as u8);
-                encoded.blob.extend_from_slice(new);
-            }
+            chunks.encode::<W>(chunk << head.chunk_log2, old, new, changed, &mut encoded.blob)?;
         }
         let payload = &encoded.blob[start..];
-        let mode = &mut stats.modes[ChunkMode::of(payload)? as usize];
+        let mode = &mut encoded.stats.modes[ChunkMode::of(payload)? as usize];
         mode.chunks += 1;
         mode.bytes += payload.len() as u64;
-        stats.changed += changed;
+        encoded.stats.changed += changed;
         let check = payload_check(payload, chunk);
         encoded.index.push(ChunkRecord { end_bytes: encoded.blob.len() as u32, check });
     }
-    encoded.stats = stats;
     Ok(encoded)
 }
 
-fn count_changed(old: &[u8], new: &[u8], word_bytes: usize) -> u64 {
-    old.chunks_exact(word_bytes).zip(new.chunks_exact(word_bytes)).filter(|(a, b)| a != b).count() as u64
+/// Encodes the chunks of one segment, cheapest mode each.
+struct ChunkEncoder<'a> {
+    head: &'a Head,
+    spec: &'a SegmentSpec,
+    options: &'a EncodeOptions,
+    /// Whether a probe found that Zstandard beats byte planes here; `None` before the first probe.
+    try_zstd: Option<bool>,
+}
+
+impl ChunkEncoder<'_> {
+    /// Append the payload of one chunk with `changed` > 0 changed words.
+    fn encode<W: Word>(
+        &mut self,
+        first_word: usize,
+        old: &[u8],
+        new: &[u8],
+        changed: u64,
+        out: &mut Vec<u8>,
+    ) -> Result<(), CodecError> {
+        let start = out.len();
+        let is_sparse = !is_dense(changed, new.len() / W::BYTES);
+        let is_float = self.spec.dtype.float_layout().is_some();
+        match (&self.head.sparse, &self.head.dense, &self.head.planes) {
+            (Some(tables), _, _) if is_sparse => {
+                out.push(ChunkMode::Sparse as u8);
+                sparse::encode::<W>(old, new, tables, self.spec, first_word, out);
+            }
+            (_, Some(tables), _) => {
+                out.push(ChunkMode::Dense as u8);
+                dense::encode::<W>(old, new, &tables.classes, &KeyContext::new(self.spec, tables), out);
+            }
+            (_, _, Some(tables)) => {
+                out.push(ChunkMode::Planes as u8);
+                planes::encode::<W>(new, tables, is_float, out);
+                if self.zstd_may_win::<W>(old, new, out.len() - start)? {
+                    let coded = out.split_off(start);
+                    self.elias::<W>(old, new, out)?;
+                    if coded.len() <= out.len() - start {
+                        out.truncate(start);
+                        out.extend_from_slice(&coded);
+                    }
+                }
+            }
+            _ => self.elias::<W>(old, new, out)?,
+        }
+        if out.len() - start > new.len() + 1 {
+            out.truncate(start);
+            out.push(ChunkMode::Raw as u8);
+            out.extend_from_slice(new);
+        }
+        Ok(())
+    }
+
+    fn elias<W: Word>(&self, old: &[u8], new: &[u8], out: &mut Vec<u8>) -> Result<(), CodecError> {
+        out.push(ChunkMode::EliasZstd as u8);
+        elias::encode::<W>(old, new, self.spec, self.options.zstd_level, out)
+    }
+
+    /// Compress the first words of the segment's first such chunk and compare with the planes' share of them.
+    fn zstd_may_win<W: Word>(
+        &mut self,
+        old: &[u8],
+        new: &[u8],
+        planes_bytes: usize,
+    ) -> Result<bool, CodecError> {
+        if let Some(known) = self.try_zstd {
+            return Ok(known);
+        }
+        let probe = new.len().min(ZSTD_PROBE_WORDS * W::BYTES);
+        let mut out = Vec::new();
+        self.elias::<W>(&old[..probe], &new[..probe], &mut out)?;
+        let wins = out.len() * new.len() < planes_bytes * probe;
+        self.try_zstd = Some(wins);
+        Ok(wins)
+    }
 }

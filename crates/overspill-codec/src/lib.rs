@@ -11,13 +11,25 @@
 
 mod bits;
 mod chunk;
+mod classes;
+mod dense;
 mod dtype;
 mod elias;
 mod encode;
 mod error;
+mod gap;
 mod head;
+mod plan;
+mod planes;
+mod rans;
 mod record;
+mod scan;
 mod segment;
+mod simd;
+mod sparse;
+mod survey;
+mod tables;
+mod values;
 mod words;
 
 pub use chunk::ChunkMode;

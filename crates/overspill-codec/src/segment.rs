@@ -229,7 +229,7 @@ impl<'a> SegmentView<'a> {
         if self.spec.base == BaseKind::None {
             words.fill(0);
         }
-        apply_payload(self.payload(chunk), &self.head, &self.spec, self.chunk_words(chunk).start, None, words)
+        apply_payload(self.payload(chunk), &self.head, &self.spec, self.chunk_words(chunk).start, words)
     }
 
     /// Decode one chunk from `base` (that chunk's part of the base) into `out`.

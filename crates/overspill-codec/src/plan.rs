@@ -1,0 +1,160 @@
+//! Choosing class ranges, rates and tables for a segment from what changed in it.
+//!
+//! Starts from one class a key and joins neighbours as long as the estimated cost of data and tables falls.
+//! The estimates only steer; what is written is always exact.
+
+use crate::classes::{ClassKind, ClassPlan, MAX_CLASSES};
+use crate::gap;
+use crate::tables::Frequencies;
+
+/// Counts over a segment, by key.
+pub(crate) struct Histogram {
+    /// Words of each key; may be scaled up from a sample.
+    pub(crate) population: [u64; 256],
+    /// Changed words by key (256 of them) and value symbol (256), row-major. Symbol 0 is not used by steps.
+    pub(crate) values: Vec<u32>,
+    /// Raw bits of all values, signs not counted.
+    pub(crate) raw_bits: u64,
+    /// Changed words.
+    pub(crate) changed: u64,
+}
+
+impl Histogram {
+    pub(crate) fn new() -> Self {
+        Histogram { population: [0; 256], values: vec![0; 1 << 16], raw_bits: 0, changed: 0 }
+    }
+}
+
+/// A class while it is being put together.
+#[derive(Clone)]
+struct Draft {
+    high: u8,
+    population: f64,
+    changed: f64,
+    values: Vec<u64>,
+    bits: f64,
+}
+
+impl Draft {
+    fn join(&self, next: &Draft, cost: &impl Fn(&Draft) -> f64) -> Draft {
+        let mut joined = Draft {
+            high: next.high,
+            population: self.population + next.population,
+            changed: self.changed + next.changed,
+            values: self.values.iter().zip(&next.values).map(|(a, b)| a + b).collect(),
+            bits: 0.0,
+        };
+        joined.bits = cost(&joined);
+        joined
+    }
+}
+
+/// Entropy of the values plus what a table of them roughly costs to write.
+fn table_bits(values: &[u64], zero: f64) -> f64 {
+    let (mut total, mut sum, mut used) = (zero, 0.0, 0.0);
+    if zero > 0.0 {
+        sum += zero * zero.log2();
+    }
+    for &count in values.iter().filter(|&&count| count > 0) {
+        let count = count as f64;
+        total += count;
+        sum += count * count.log2();
+        used += 1.0;
+    }
+    if total == 0.0 { 0.0 } else { total * total.log2() - sum + 14.0 + 5.0 * used }
+}
+
+fn only_ones(values: &[u64]) -> bool {
+    values[0] == 0 && values[2..].iter().all(|&count| count == 0)
+}
+
+fn zeros(draft: &Draft) -> f64 {
+    (draft.population - draft.changed).max(1.0)
+}
+
+fn gap_bits(draft: &Draft, is_step: bool) -> f64 {
+    let rate = gap::rate_of(draft.changed, draft.population).max(gap::RATE_MIN);
+    let values = if is_step && only_ones(&draft.values) { 1.0 } else { table_bits(&draft.values, 0.0) };
+    let signs = if is_step { draft.changed } else { 0.0 };
+    gap::cost_bits(draft.changed, draft.population, rate) + values + signs + 12.0
+}
+
+fn dense_bits(draft: &Draft) -> f64 {
+    table_bits(&draft.values, zeros(draft)) + draft.changed + 12.0
+}
+
+fn sparse_cost(draft: &Draft, is_step: bool) -> f64 {
+    if draft.changed == 0.0 {
+        3.0
+    } else if is_step {
+        gap_bits(draft, is_step).min(dense_bits(draft))
+    } else {
+        gap_bits(draft, is_step)
+    }
+}
+
+fn drafts(histogram: &Histogram, coded_share: f64, cost: impl Fn(&Draft) -> f64) -> Vec<Draft> {
+    let mut drafts: Vec<Draft> = Vec::new();
+    for key in 0..256usize {
+        let values = &histogram.values[key << 8..(key + 1) << 8];
+        let changed: u64 = values.iter().map(|&count| u64::from(count)).sum();
+        let population = (histogram.population[key] as f64 * coded_share).max(changed as f64);
+        if population == 0.0 {
+            continue;
+        }
+        let values = values.iter().map(|&count| u64::from(count)).collect();
+        let mut draft = Draft { high: key as u8, population, changed: changed as f64, values, bits: 0.0 };
+        draft.bits = cost(&draft);
+        drafts.push(draft);
+    }
+    let mut joined: Vec<Draft> = drafts.windows(2).map(|pair| pair[0].join(&pair[1], &cost)).collect();
+    while drafts.len() > 1 {
+        let gain = |i: usize| drafts[i].bits + drafts[i + 1].bits - joined[i].bits;
+        let best = (0..joined.len()).max_by(|&a, &b| gain(a).total_cmp(&gain(b))).expect("a pair");
+        if gain(best) < 0.0 && drafts.len() <= MAX_CLASSES {
+            break;
+        }
+        drafts[best] = joined.remove(best);
+        drafts.remove(best + 1);
+        if best > 0 {
+            joined[best - 1] = drafts[best - 1].join(&drafts[best], &cost);
+        }
+        if best < joined.len() {
+            joined[best] = drafts[best].join(&drafts[best + 1], &cost);
+        }
+    }
+    drafts
+}
+
+/// Classes for mode S, and the estimated bits of the segment. `coded_share` is the share of words in rows that
+/// are coded at all.
+pub(crate) fn sparse(histogram: &Histogram, coded_share: f64, is_step: bool) -> (Vec<ClassPlan>, f64) {
+    let drafts = drafts(histogram, coded_share, |draft| sparse_cost(draft, is_step));
+    let bits = drafts.iter().map(|draft| draft.bits).sum::<f64>() + histogram.raw_bits as f64;
+    let plans = drafts.iter().map(|draft| {
+        if draft.changed == 0.0 {
+            return (draft.high, ClassKind::Still, None);
+        }
+        if is_step && dense_bits(draft) < gap_bits(draft, is_step) {
+            return (draft.high, ClassKind::Dense, Some(fit_with_zero(draft)));
+        }
+        let rate = gap::rate_of(draft.changed, draft.population).max(gap::RATE_MIN);
+        let values =
+            if is_step && only_ones(&draft.values) { None } else { Some(Frequencies::fit(&draft.values).0) };
+        (draft.high, ClassKind::Gaps(rate), values)
+    });
+    (plans.collect(), bits)
+}
+
+/// Classes for mode D, and the estimated bits of the segment.
+pub(crate) fn dense(histogram: &Histogram) -> (Vec<(u8, Frequencies)>, f64) {
+    let drafts = drafts(histogram, 1.0, dense_bits);
+    let bits = drafts.iter().map(|draft| draft.bits).sum::<f64>() + histogram.raw_bits as f64;
+    (drafts.iter().map(|draft| (draft.high, fit_with_zero(draft))).collect(), bits)
+}
+
+fn fit_with_zero(draft: &Draft) -> Frequencies {
+    let mut values = draft.values.clone();
+    values[0] = zeros(draft) as u64;
+    Frequencies::fit(&values).0
+}

@@ -1,0 +1,144 @@
+//! Mode W: final words without a base, as planes of bytes.
+//!
+//! A float word is rotated left by one, which puts the exponent on top and the sign at the bottom; plane 0 is the
+//! most significant byte of every word, and so on. A plane that has a table in the head is entropy-coded (varint
+//! bytes, 32 lane states that decoding must bring back to 2^16, word stream); the others are stored as they are.
+//! Payload after the mode byte: the planes in order.
+
+use crate::CodecError;
+use crate::bits::{BitReader, BitWriter, put_varint, take, take_varint};
+use crate::rans::SymbolTable;
+use crate::simd;
+use crate::tables::{Frequencies, MAX_SYMBOLS};
+use crate::words::Word;
+
+/// Per plane its table, `None` where it is stored raw.
+pub(crate) type PlaneTables = Vec<Option<SymbolTable>>;
+
+/// Plane tables as they are written, and the bits that a word costs under them.
+pub(crate) struct PlanePlan {
+    pub(crate) frequencies: Vec<Option<Frequencies>>,
+    pub(crate) bits_per_word: f64,
+}
+
+/// Choose tables for `words`.
+pub(crate) fn plan<W: Word>(words: &[u8], is_float: bool) -> PlanePlan {
+    let mut counts = vec![[0u64; MAX_SYMBOLS]; W::BYTES];
+    let total = words.len() / W::BYTES;
+    for word in words.chunks_exact(W::BYTES) {
+        let value = rotate::<W>(W::load(word), is_float).to_u64();
+        for (plane, counts) in counts.iter_mut().enumerate() {
+            counts[(value >> (W::BITS - 8 - 8 * plane as u32)) as usize & 0xff] += 1;
+        }
+    }
+    let mut bits_per_word = 0.0;
+    let frequencies = counts
+        .iter()
+        .map(|counts| {
+            let (fitted, bits) = Frequencies::fit(counts);
+            let pays = bits < 0.98 * 8.0 * total as f64;
+            bits_per_word += if pays { bits / total as f64 } else { 8.0 };
+            pays.then_some(fitted)
+        })
+        .collect();
+    PlanePlan { frequencies, bits_per_word }
+}
+
+/// Write the head's plane tables: per plane bit 1 and a frequency table, or bit 0.
+pub(crate) fn write_tables(out: &mut BitWriter, frequencies: &[Option<Frequencies>]) {
+    for table in frequencies {
+        out.put(table.is_some().into(), 1);
+        if let Some(table) = table {
+            table.write(out);
+        }
+    }
+}
+
+/// Inverse of [`write_tables`].
+pub(crate) fn read_tables(bits: &mut BitReader<'_>, planes: usize) -> Result<PlaneTables, CodecError> {
+    let read = |bits: &mut BitReader<'_>| match bits.get(1)? {
+        1 => Ok(Some(Frequencies::read(bits, MAX_SYMBOLS)?.table())),
+        _ => Ok(None),
+    };
+    (0..planes).map(|_| read(bits)).collect()
+}
+
+#[inline(always)]
+fn rotate<W: Word>(word: W, is_float: bool) -> W {
+    if is_float { word.rotl1() } else { word }
+}
+
+/// Append the payload of one chunk. Every byte that occurs must have a frequency in its plane's table.
+pub(crate) fn encode<W: Word>(words: &[u8], tables: &PlaneTables, is_float: bool, out: &mut Vec<u8>) {
+    let count = words.len() / W::BYTES;
+    let mut plane = vec![0u8; count];
+    for (index, table) in tables.iter().enumerate() {
+        let shift = W::BITS - 8 - 8 * index as u32;
+        for (byte, word) in plane.iter_mut().zip(words.chunks_exact(W::BYTES)) {
+            *byte = (rotate::<W>(W::load(word), is_float).to_u64() >> shift) as u8;
+        }
+        match table {
+            None => out.extend_from_slice(&plane),
+            Some(table) => {
+                let mut coded = Vec::with_capacity(count);
+                simd::encode_bytes(&plane, table, &mut coded);
+                put_varint(out, coded.len() as u64);
+                out.extend_from_slice(&coded);
+            }
+        }
+    }
+}
+
+/// Decode a payload (without its mode byte) into `words`.
+pub(crate) fn decode<W: Word>(
+    mut body: &[u8],
+    tables: &PlaneTables,
+    is_float: bool,
+    words: &mut [u8],
+) -> Result<(), CodecError> {
+    let count = words.len() / W::BYTES;
+    let mut decoded: Vec<Vec<u8>> = Vec::new();
+    let mut stored: Vec<&[u8]> = Vec::new();
+    for table in tables {
+        match table {
+            None => stored.push(take(&mut body, count as u64, "planes chunk")?),
+            Some(table) => {
+                let bytes = take_varint(&mut body)?;
+                let coded = take(&mut body, bytes, "planes chunk")?;
+                let mut plane = vec![0; count];
+                simd::decode_bytes(coded, table, &mut plane)?;
+                decoded.push(plane);
+            }
+        }
+    }
+    if !body.is_empty() {
+        return Err(CodecError::malformed("planes chunk", "bytes left over"));
+    }
+    let (mut decoded, mut stored) = (decoded.iter(), stored.iter());
+    let planes: Vec<&[u8]> = tables
+        .iter()
+        .map(|table| match table {
+            Some(_) => decoded.next().map(Vec::as_slice).unwrap_or_default(),
+            None => stored.next().copied().unwrap_or_default(),
+        })
+        .collect();
+    join::<W>(&planes, is_float, words);
+    Ok(())
+}
+
+/// Put planes, each as long as the chunk has words, back together.
+fn join<W: Word>(planes: &[&[u8]], is_float: bool, words: &mut [u8]) {
+    let store = |word: &mut [u8], value: u64| {
+        let value = W::from_u64(value);
+        if is_float { value.rotr1() } else { value }.store(word);
+    };
+    if let [high, low] = planes {
+        for ((word, &high), &low) in words.chunks_exact_mut(W::BYTES).zip(*high).zip(*low) {
+            store(word, u64::from(high) << 8 | u64::from(low));
+        }
+        return;
+    }
+    for (i, word) in words.chunks_exact_mut(W::BYTES).enumerate() {
+        store(word, planes.iter().fold(0, |value, plane| value << 8 | u64::from(plane[i])));
+    }
+}

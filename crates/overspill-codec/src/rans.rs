@@ -1,0 +1,173 @@
+//! Interleaved range asymmetric numeral systems: 32-bit states, 16-bit words, probabilities of 12 bits.
+//!
+//! Symbol n belongs to lane n mod K. Decoding symbol n advances its lane's state and, when the state has fallen
+//! below 2^16, pulls in the next word of the one shared word stream. Lanes therefore decode in lockstep on a
+//! warp: which lanes pull, and in which order, follows from a ballot. The encoder runs backwards.
+
+use crate::CodecError;
+
+/// Bits of a probability.
+pub(crate) const PROB_BITS: u32 = 12;
+/// What the frequencies of a table sum to.
+pub(crate) const PROB_TOTAL: u32 = 1 << PROB_BITS;
+/// Lower end of the interval that states live in between symbols.
+pub(crate) const STATE_LOW: u32 = 1 << 16;
+/// Most lanes.
+pub(crate) const MAX_LANES: usize = 32;
+
+/// Frequencies of one alphabet, ready for encoding and decoding.
+#[derive(Debug, Clone)]
+pub(crate) struct SymbolTable {
+    /// Per symbol: first slot and frequency.
+    pub(crate) ranges: Vec<(u16, u16)>,
+    /// Per slot: symbol | (frequency - 1) << 8 | (slot - first slot) << 20.
+    pub(crate) slots: Box<[u32]>,
+}
+
+impl SymbolTable {
+    /// Build from frequencies (index = symbol, at most 256) that sum to [`PROB_TOTAL`].
+    pub(crate) fn new(frequencies: &[u16]) -> Self {
+        let mut slots = Vec::with_capacity(PROB_TOTAL as usize);
+        let mut ranges = Vec::with_capacity(frequencies.len());
+        for (symbol, &frequency) in frequencies.iter().enumerate() {
+            ranges.push((slots.len() as u16, frequency));
+            for bias in 0..u32::from(frequency) {
+                slots.push(symbol as u32 | (u32::from(frequency) - 1) << 8 | bias << 20);
+            }
+        }
+        debug_assert_eq!(slots.len(), PROB_TOTAL as usize);
+        SymbolTable { ranges, slots: slots.into_boxed_slice() }
+    }
+
+    /// Bits that `symbol` costs.
+    pub(crate) fn cost_bits(&self, symbol: usize) -> f64 {
+        f64::from(PROB_BITS) - f64::from(self.ranges[symbol].1).log2()
+    }
+}
+
+/// Collects symbols in order; [`Encoder::finish`] codes them backwards.
+#[derive(Default)]
+pub(crate) struct Encoder {
+    ranges: Vec<(u16, u16)>,
+}
+
+impl Encoder {
+    pub(crate) fn push(&mut self, table: &SymbolTable, symbol: usize) {
+        self.ranges.push(table.ranges[symbol]);
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.ranges.len()
+    }
+
+    /// Append the lanes' states (4 bytes each), then the words. `seeds` are the states that decoding ends in.
+    pub(crate) fn finish(&self, seeds: &[u32], out: &mut Vec<u8>) {
+        let mut states = [STATE_LOW; MAX_LANES];
+        states[..seeds.len()].copy_from_slice(seeds);
+        let mask = seeds.len() - 1;
+        let mut words: Vec<u16> = Vec::with_capacity(self.ranges.len());
+        for (n, &range) in self.ranges.iter().enumerate().rev() {
+            if let Some(word) = encode_step(&mut states[n & mask], range) {
+                words.push(word);
+            }
+        }
+        for state in &states[..seeds.len()] {
+            out.extend_from_slice(&state.to_le_bytes());
+        }
+        out.extend(words.iter().rev().flat_map(|word| word.to_le_bytes()));
+    }
+}
+
+/// Push one symbol onto a state; the word to emit, if any.
+#[inline(always)]
+pub(crate) fn encode_step(state: &mut u32, (start, frequency): (u16, u16)) -> Option<u16> {
+    let (mut x, frequency) = (*state, u32::from(frequency));
+    let mut word = None;
+    if u64::from(x) >= u64::from(frequency) << (32 - PROB_BITS) {
+        word = Some(x as u16);
+        x >>= 16;
+    }
+    *state = ((x / frequency) << PROB_BITS) + x % frequency + u32::from(start);
+    word
+}
+
+/// Decodes symbols in order from lanes over one word stream.
+pub(crate) struct Decoder<'a> {
+    pub(crate) states: [u32; MAX_LANES],
+    mask: usize,
+    next: usize,
+    words: &'a [u8],
+}
+
+impl<'a> Decoder<'a> {
+    /// `bytes` starts with the states of `lanes` (a power of two up to 32) lanes.
+    pub(crate) fn new(bytes: &'a [u8], lanes: usize) -> Result<Self, CodecError> {
+        let (front, words) = bytes.split_at_checked(lanes * 4).ok_or(ends_early())?;
+        let mut states = [STATE_LOW; MAX_LANES];
+        for (state, bytes) in states.iter_mut().zip(front.as_chunks::<4>().0) {
+            *state = u32::from_le_bytes(*bytes);
+            if *state < STATE_LOW {
+                return Err(CodecError::malformed("rANS state", "below its interval"));
+            }
+        }
+        Ok(Decoder { states, mask: lanes - 1, next: 0, words })
+    }
+
+    /// The next symbol.
+    #[inline(always)]
+    pub(crate) fn symbol(&mut self, table: &SymbolTable) -> Result<u8, CodecError> {
+        let state = &mut self.states[self.next & self.mask];
+        self.next += 1;
+        let slot = table.slots[(*state & (PROB_TOTAL - 1)) as usize];
+        let mut x = ((slot >> 8 & 0xfff) + 1) * (*state >> PROB_BITS) + (slot >> 20);
+        if x < STATE_LOW {
+            let (word, rest) = self.words.split_first_chunk::<2>().ok_or(ends_early())?;
+            x = x << 16 | u32::from(u16::from_le_bytes(*word));
+            self.words = rest;
+        }
+        *state = x;
+        Ok(slot as u8)
+    }
+
+    /// What follows the words read so far.
+    pub(crate) fn rest(&self) -> &'a [u8] {
+        self.words
+    }
+}
+
+fn ends_early() -> CodecError {
+    CodecError::malformed("rANS stream", "ends early")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn symbols_come_back_on_any_number_of_lanes() {
+        let table = SymbolTable::new(&[1, 4000, 0, 90, 5]);
+        let single = SymbolTable::new(&[0, 4096]);
+        let mut rng = fastrand::Rng::with_seed(7);
+        for lanes in [1usize, 2, 8, 32] {
+            let symbols: Vec<usize> = (0..5000)
+                .map(|i| if i % 3 == 0 { 1 } else { rng.choice([0, 1, 1, 1, 3, 4]).unwrap() })
+                .collect();
+            let mut encoder = Encoder::default();
+            for (i, &s) in symbols.iter().enumerate() {
+                encoder.push(if i % 3 == 0 { &single } else { &table }, s);
+            }
+            let seeds: Vec<u32> = (0..lanes).map(|_| STATE_LOW | rng.u32(..STATE_LOW)).collect();
+            let mut bytes = vec![];
+            encoder.finish(&seeds, &mut bytes);
+            bytes.extend_from_slice(b"tail");
+            let mut decoder = Decoder::new(&bytes, lanes).unwrap();
+            for (i, &s) in symbols.iter().enumerate() {
+                let table = if i % 3 == 0 { &single } else { &table };
+                assert_eq!(decoder.symbol(table).unwrap() as usize, s);
+            }
+            assert_eq!(decoder.rest(), b"tail");
+            assert_eq!(&decoder.states[..lanes], seeds);
+            assert!((table.cost_bits(0) - 12.0).abs() < 1e-9);
+        }
+    }
+}

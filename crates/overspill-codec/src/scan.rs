@@ -1,0 +1,214 @@
+//! Scans over the base's words in blocks of 64: which words of a class are there, and where is the r-th one.
+//!
+//! The loops are written once over [`BlockOps`]; the portable operations here are the reference, `simd` has the
+//! AVX2 ones and picks them at run time.
+
+use std::ops::Range;
+
+use crate::classes::KeyMap;
+use crate::words::{OrderMap, Word, set_word, word_at};
+
+/// Words in a block.
+pub(crate) const BLOCK: usize = 64;
+
+/// The two operations that are worth a vector unit.
+pub(crate) trait BlockOps {
+    /// Bit i says whether `low <= keys[i] <= high`.
+    fn mask(keys: &[u8; BLOCK], low: u8, high: u8) -> u64;
+    /// Position of the `rank`-th set bit (counted from 0), which exists.
+    fn select(mask: u64, rank: u32) -> u32;
+}
+
+/// The reference operations.
+pub(crate) struct Portable;
+
+impl BlockOps for Portable {
+    #[inline(always)]
+    fn mask(keys: &[u8; BLOCK], low: u8, high: u8) -> u64 {
+        let mut mask = 0;
+        for (i, &key) in keys.iter().enumerate() {
+            mask |= u64::from(low <= key && key <= high) << i;
+        }
+        mask
+    }
+
+    #[inline(always)]
+    fn select(mut mask: u64, rank: u32) -> u32 {
+        for _ in 0..rank {
+            mask &= mask - 1;
+        }
+        mask.trailing_zeros()
+    }
+}
+
+/// Changes of one class in a chunk, by rank among the class's words.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct ClassEvents<W> {
+    pub(crate) low: u8,
+    pub(crate) high: u8,
+    /// Ascending ranks.
+    pub(crate) ranks: Vec<u32>,
+    /// Step (relative) or final word (absolute) of each.
+    pub(crate) values: Vec<W>,
+    /// Words of the class: what the scan counted.
+    pub(crate) population: u32,
+}
+
+/// How values and words relate.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ValueMap {
+    pub(crate) order: OrderMap,
+    /// Values are steps; otherwise final words.
+    pub(crate) is_step: bool,
+}
+
+impl ValueMap {
+    #[inline(always)]
+    pub(crate) fn value<W: Word>(self, old: W, new: W) -> W {
+        if self.is_step { self.order.step(old, new) } else { new }
+    }
+
+    #[inline(always)]
+    pub(crate) fn word<W: Word>(self, old: W, value: W) -> W {
+        if self.is_step { self.order.apply(old, value) } else { value }
+    }
+}
+
+/// Keys of the words at `start..start + count` (count <= 64); those beyond are 0 and masked out by the caller.
+#[inline(always)]
+fn block_keys<W: Word>(words: &[u8], start: usize, count: usize, keys: KeyMap) -> [u8; BLOCK] {
+    let mut block = [0u8; BLOCK];
+    let bytes = &words[start * W::BYTES..(start + count) * W::BYTES];
+    if count == BLOCK {
+        for (key, word) in block.iter_mut().zip(bytes.chunks_exact(W::BYTES)) {
+            *key = keys.key(W::load(word));
+        }
+    } else {
+        for (key, word) in block.iter_mut().zip(bytes.chunks_exact(W::BYTES)) {
+            *key = keys.key(W::load(word));
+        }
+    }
+    block
+}
+
+/// 1 where words differ.
+#[inline(always)]
+fn block_changed<W: Word>(old: &[u8], new: &[u8], start: usize, count: usize) -> [u8; BLOCK] {
+    let mut block = [0u8; BLOCK];
+    let range = start * W::BYTES..(start + count) * W::BYTES;
+    let pairs = old[range.clone()].chunks_exact(W::BYTES).zip(new[range].chunks_exact(W::BYTES));
+    for (flag, (a, b)) in block.iter_mut().zip(pairs) {
+        *flag = u8::from(W::load(a) != W::load(b));
+    }
+    block
+}
+
+#[inline(always)]
+fn valid_mask(count: usize) -> u64 {
+    if count == BLOCK { u64::MAX } else { (1 << count) - 1 }
+}
+
+/// Apply events to `words` (base words, in place) over `ranges`. Returns whether every event found its word.
+#[inline(always)]
+pub(crate) fn apply_events<W: Word, O: BlockOps>(
+    words: &mut [u8],
+    ranges: &[Range<usize>],
+    keys: KeyMap,
+    map: ValueMap,
+    events: &[ClassEvents<W>],
+) -> bool {
+    let mut cursors: Vec<Cursor<'_, W>> = events.iter().map(Cursor::new).collect();
+    for range in ranges {
+        for start in range.clone().step_by(BLOCK) {
+            let count = BLOCK.min(range.end - start);
+            let block = block_keys::<W>(words, start, count, keys);
+            let valid = valid_mask(count);
+            for cursor in &mut cursors {
+                let mask = O::mask(&block, cursor.low, cursor.high) & valid;
+                let end = cursor.rank + mask.count_ones();
+                while cursor.next < end {
+                    let position = start + O::select(mask, cursor.next - cursor.rank) as usize;
+                    let old = word_at::<W>(words, position);
+                    set_word(words, position, map.word(old, cursor.values[cursor.index]));
+                    cursor.advance();
+                }
+                cursor.rank = end;
+            }
+        }
+    }
+    cursors.iter().all(|cursor| cursor.next == u32::MAX)
+}
+
+struct Cursor<'a, W> {
+    low: u8,
+    high: u8,
+    rank: u32,
+    next: u32,
+    index: usize,
+    ranks: &'a [u32],
+    values: &'a [W],
+}
+
+impl<'a, W: Word> Cursor<'a, W> {
+    fn new(events: &'a ClassEvents<W>) -> Self {
+        let next = events.ranks.first().copied().unwrap_or(u32::MAX);
+        let (low, high, ranks, values) = (events.low, events.high, &events.ranks[..], &events.values[..]);
+        Cursor { low, high, rank: 0, next, index: 0, ranks, values }
+    }
+
+    #[inline(always)]
+    fn advance(&mut self) {
+        self.index += 1;
+        self.next = self.ranks.get(self.index).copied().unwrap_or(u32::MAX);
+    }
+}
+
+/// Fill in the ranks, values and populations of `events` (whose key ranges are set) over `ranges`.
+#[inline(always)]
+pub(crate) fn collect_events<W: Word, O: BlockOps>(
+    old: &[u8],
+    new: &[u8],
+    ranges: &[Range<usize>],
+    keys: KeyMap,
+    map: ValueMap,
+    events: &mut [ClassEvents<W>],
+) {
+    for range in ranges {
+        for start in range.clone().step_by(BLOCK) {
+            let count = BLOCK.min(range.end - start);
+            let block = block_keys::<W>(old, start, count, keys);
+            let valid = valid_mask(count);
+            let changed = O::mask(&block_changed::<W>(old, new, start, count), 1, 1);
+            for class in events.iter_mut() {
+                let mask = O::mask(&block, class.low, class.high) & valid;
+                let mut hits = mask & changed;
+                while hits != 0 {
+                    let bit = hits.trailing_zeros();
+                    let position = start + bit as usize;
+                    class.ranks.push(class.population + (mask & ((1 << bit) - 1)).count_ones());
+                    class.values.push(map.value(word_at::<W>(old, position), word_at::<W>(new, position)));
+                    hits &= hits - 1;
+                }
+                class.population += mask.count_ones();
+            }
+        }
+    }
+}
+
+/// Call `visit(position)` for every changed word.
+#[inline(always)]
+pub(crate) fn for_each_change<W: Word, O: BlockOps>(old: &[u8], new: &[u8], mut visit: impl FnMut(usize)) {
+    let words = old.len() / W::BYTES;
+    for start in (0..words).step_by(BLOCK) {
+        let count = BLOCK.min(words - start);
+        let range = start * W::BYTES..(start + count) * W::BYTES;
+        if old[range.clone()] == new[range] {
+            continue;
+        }
+        let mut hits = O::mask(&block_changed::<W>(old, new, start, count), 1, 1);
+        while hits != 0 {
+            visit(start + hits.trailing_zeros() as usize);
+            hits &= hits - 1;
+        }
+    }
+}

@@ -1,0 +1,409 @@
+//! Mode S: positions of changed words by class, and their values.
+//!
+//! Payload after the mode byte:
+//! - counts, a bit stream padded to bytes: log2 of the lanes K (3 bits); order g (4 bits); with row context,
+//!   the gap symbols of the rows (exp-Golomb g); per class that is not still, the signed difference of its count of
+//!   symbols to the count before it, at first 0 (exp-Golomb g);
+//! - K lane states and the word stream of [`crate::rans`]: row gaps, gaps of each
+//!   class in ascending order, then for each class its value symbols;
+//! - the raw bits, two streams each padded to bytes. First, per row gap and per gap of each class: its low bits
+//!   and, for a step, its sign. Second, in the order of the value symbols: for a word of a dense class that
+//!   changed its sign, then the symbol's raw bits. The first 2 K bytes of the two streams together stand in the
+//!   low halves of the states that decoding ends in (padded with zeros where they are shorter), the rest follows.
+//!
+//! Ranks count the words of a class within the chunk, in rows that changed if rows are context.
+
+use std::ops::Range;
+
+use crate::CodecError;
+use crate::bits::{BitReader, BitWriter};
+use crate::classes::{Class, ClassKind, KeyMap};
+use crate::gap;
+use crate::rans::{Decoder, Encoder, STATE_LOW};
+use crate::scan::{ClassEvents, ValueMap};
+use crate::segment::{BaseKind, PatchKind, SegmentSpec};
+use crate::simd;
+use crate::tables::{exp_golomb_bits, get_exp_golomb, get_signed, put_exp_golomb, put_signed};
+use crate::values::{join_word, magnitude_of, sign_magnitude, split_magnitude, split_word, step_of};
+use crate::words::{OrderMap, Word};
+
+/// The head's tables for mode S.
+#[derive(Debug)]
+pub(crate) struct SparseTables {
+    /// Rate of changed rows, if rows are context.
+    pub(crate) row_rate: Option<u32>,
+    pub(crate) classes: Vec<Class>,
+}
+
+/// How a segment's words are keyed and compared.
+pub(crate) fn maps(spec: &SegmentSpec) -> (KeyMap, ValueMap) {
+    let is_step = spec.kind == PatchKind::Relative && spec.base != BaseKind::None;
+    let order = OrderMap { is_float: spec.dtype.float_layout().is_some() };
+    (KeyMap::new(spec.dtype, is_step), ValueMap { order, is_step })
+}
+
+/// Rows that a chunk touches: the offset of the chunk's first word in its row, and how many rows.
+pub(crate) fn chunk_rows(spec: &SegmentSpec, first_word: usize, words: usize) -> (usize, usize) {
+    let offset = ((spec.first_word + first_word as u64) % spec.row_words) as usize;
+    (offset, (offset + words).div_ceil(spec.row_words as usize))
+}
+
+/// Word ranges of `rows` (ascending), clipped to the chunk, adjacent ones joined.
+fn row_ranges(rows: &[u32], offset: usize, row_words: usize, words: usize) -> Vec<Range<usize>> {
+    let mut ranges: Vec<Range<usize>> = Vec::new();
+    for &row in rows {
+        let start = (row as usize * row_words).saturating_sub(offset);
+        let end = ((row as usize + 1) * row_words - offset).min(words);
+        match ranges.last_mut() {
+            Some(last) if last.end == start => last.end = end,
+            _ => ranges.push(start..end),
+        }
+    }
+    ranges
+}
+
+/// Rows of a chunk with a change in them.
+fn changed_rows<W: Word>(old: &[u8], new: &[u8], offset: usize, row_words: usize) -> Vec<u32> {
+    let mut rows = Vec::new();
+    let words = old.len() / W::BYTES;
+    let (mut start, mut row) = (0, 0);
+    while start < words {
+        let end = ((row as usize + 1) * row_words - offset).min(words);
+        let range = start * W::BYTES..end * W::BYTES;
+        if old[range.clone()] != new[range] {
+            rows.push(row);
+        }
+        (start, row) = (end, row + 1);
+    }
+    rows
+}
+
+/// Append the payload of one chunk. `first_word` counts within the segment.
+pub(crate) fn encode<W: Word>(
+    old: &[u8],
+    new: &[u8],
+    tables: &SparseTables,
+    spec: &SegmentSpec,
+    first_word: usize,
+    out: &mut Vec<u8>,
+) {
+    let (keys, map) = maps(spec);
+    let words = old.len() / W::BYTES;
+    let live = || tables.classes.iter().filter(|class| class.kind != ClassKind::Still);
+    let mut events: Vec<ClassEvents<W>> = live()
+        .map(|class| ClassEvents { low: class.low, high: class.high, ..ClassEvents::default() })
+        .collect();
+    let mut rows = None;
+    let mut ranges = vec![0..words];
+    if let Some(rate) = tables.row_rate {
+        let (offset, _) = chunk_rows(spec, first_word, words);
+        let changed = changed_rows::<W>(old, new, offset, spec.row_words as usize);
+        ranges = row_ranges(&changed, offset, spec.row_words as usize, words);
+        rows = Some((rate, changed));
+    }
+    simd::collect_events(old, new, &ranges, keys, map, &mut events);
+
+    let mut coder = Coder::new(map);
+    let row_symbols = rows.map(|(rate, changed)| coder.gaps::<W>(&changed, &[], rate));
+    let mut counts = Vec::with_capacity(events.len());
+    for (class, events) in live().zip(&events) {
+        counts.push(match class.kind {
+            ClassKind::Gaps(rate) => coder.gaps(&events.ranks, &events.values, rate),
+            _ => u64::from(events.population),
+        });
+    }
+    for (class, events) in live().zip(&events) {
+        coder.values(class, events);
+    }
+    coder.finish(row_symbols, &counts, out);
+}
+
+/// Gathers the symbols and raw bits of a chunk.
+struct Coder {
+    map: ValueMap,
+    symbols: Encoder,
+    fixed: BitWriter,
+    raw: BitWriter,
+}
+
+impl Coder {
+    fn new(map: ValueMap) -> Self {
+        Coder { map, symbols: Encoder::default(), fixed: BitWriter::new(), raw: BitWriter::new() }
+    }
+
+    /// Gap symbols of ascending ranks, and their low bits and signs. Returns how many symbols.
+    fn gaps<W: Word>(&mut self, ranks: &[u32], values: &[W], rate: u32) -> u64 {
+        let before = self.symbols.len();
+        let (table, k) = (gap::table(rate), gap::low_bits(rate));
+        let mut next = 0;
+        for (i, &rank) in ranks.iter().enumerate() {
+            let gap = rank - next;
+            next = rank + 1;
+            let mut quotient = gap >> k;
+            while quotient >= u32::from(gap::ESCAPE) {
+                self.symbols.push(table, gap::ESCAPE.into());
+                quotient -= u32::from(gap::ESCAPE);
+            }
+            self.symbols.push(table, quotient as usize);
+            self.fixed.put(u64::from(gap), k);
+            if let (true, Some(&value)) = (self.map.is_step, values.get(i)) {
+                self.fixed.put(sign_magnitude(value).0, 1);
+            }
+        }
+        (self.symbols.len() - before) as u64
+    }
+
+    fn values<W: Word>(&mut self, class: &Class, events: &ClassEvents<W>) {
+        let Some(table) = &class.values else { return };
+        let dense = class.kind == ClassKind::Dense;
+        let mut next = 0;
+        for (&rank, &value) in events.ranks.iter().zip(&events.values) {
+            if !self.map.is_step {
+                let (symbol, raw) = split_word(value, self.map.order.is_float);
+                self.symbols.push(table, symbol.into());
+                self.raw.put(raw, W::BITS - 8);
+                continue;
+            }
+            let (sign, magnitude) = sign_magnitude(value);
+            if dense {
+                (next..rank).for_each(|_| self.symbols.push(table, 0));
+                next = rank + 1;
+                self.raw.put(sign, 1);
+            }
+            let (symbol, width, raw) = split_magnitude::<W>(magnitude);
+            self.symbols.push(table, symbol.into());
+            self.raw.put(raw, width);
+        }
+        if dense {
+            (next..events.population).for_each(|_| self.symbols.push(table, 0));
+        }
+    }
+
+    fn finish(self, row_symbols: Option<u64>, counts: &[u64], out: &mut Vec<u8>) {
+        let mut raw = self.fixed.finish();
+        raw.extend_from_slice(&self.raw.finish());
+        // A lane costs about a byte and gains parallelism: one for every 256 bytes.
+        let estimate_bytes = raw.len() + self.symbols.len() / 2;
+        let lanes_log2 = (estimate_bytes / 256).max(1).ilog2().min(5);
+        let mut header = BitWriter::new();
+        header.put(u64::from(lanes_log2), 3);
+        let differences = || {
+            counts.iter().scan(0i64, |last, &count| {
+                let difference = count as i64 - *last;
+                *last = count as i64;
+                Some(difference)
+            })
+        };
+        let bits = |g: u32| {
+            let rows = row_symbols.map_or(0, |count| exp_golomb_bits(count, g));
+            rows + differences().map(|d| exp_golomb_bits(((d << 1) ^ (d >> 63)) as u64, g)).sum::<u64>()
+        };
+        let g = (0..16).min_by_key(|&g| bits(g)).expect("sixteen orders");
+        header.put(u64::from(g), 4);
+        if let Some(count) = row_symbols {
+            put_exp_golomb(&mut header, count, g);
+        }
+        differences().for_each(|d| put_signed(&mut header, d, g));
+        out.extend_from_slice(&header.finish());
+        let mut seeds = [STATE_LOW; crate::rans::MAX_LANES];
+        let seeds = &mut seeds[..1 << lanes_log2];
+        let mut halves = raw.chunks(2);
+        for seed in seeds.iter_mut() {
+            let half = halves.next().unwrap_or_default();
+            *seed |= half.iter().rev().fold(0, |sum, &byte| sum << 8 | u32::from(byte));
+        }
+        self.symbols.finish(seeds, out);
+        out.extend_from_slice(raw.get(seeds.len() * 2..).unwrap_or_default());
+    }
+}
+
+/// Apply a payload (without its mode byte) to base words, in place.
+pub(crate) fn apply<W: Word>(
+    body: &[u8],
+    tables: &SparseTables,
+    spec: &SegmentSpec,
+    first_word: usize,
+    words: &mut [u8],
+) -> Result<(), CodecError> {
+    let (keys, map) = maps(spec);
+    let count = words.len() / W::BYTES;
+    let rows = tables.row_rate.map(|_| chunk_rows(spec, first_word, count));
+    let (changed, events) = decode::<W>(body, tables, map, count, rows.map(|rows| rows.1))?;
+    let ranges = match rows {
+        Some((offset, _)) => row_ranges(&changed, offset, spec.row_words as usize, count),
+        None => vec![0..count],
+    };
+    if simd::apply_events(words, &ranges, keys, map, &events) {
+        Ok(())
+    } else {
+        Err(bad("a change beyond its class"))
+    }
+}
+
+fn bad(why: &'static str) -> CodecError {
+    CodecError::malformed("sparse chunk", why)
+}
+
+/// Quotients of the gaps of one class (or of the rows), escapes already summed up.
+struct Quotients {
+    values: Vec<u32>,
+}
+
+fn decode_quotients(decoder: &mut Decoder<'_>, symbols: u64, rate: u32) -> Result<Quotients, CodecError> {
+    let table = gap::table(rate);
+    let (mut values, mut sum) = (Vec::new(), 0u32);
+    for _ in 0..symbols {
+        let symbol = decoder.symbol(table)?;
+        sum = sum.saturating_add(symbol.into());
+        if symbol != gap::ESCAPE {
+            values.push(sum);
+            sum = 0;
+        }
+    }
+    if sum != 0 { Err(bad("gaps end in an escape")) } else { Ok(Quotients { values }) }
+}
+
+/// Ranks from quotients and low bits; `sign` receives the bit that follows each gap, if one does.
+fn ranks_of(
+    quotients: &Quotients,
+    rate: u32,
+    limit: usize,
+    fixed: &mut BitReader<'_>,
+    mut sign: impl FnMut(&mut BitReader<'_>) -> Result<(), CodecError>,
+) -> Result<Vec<u32>, CodecError> {
+    let k = gap::low_bits(rate);
+    let (mut ranks, mut next) = (Vec::with_capacity(quotients.values.len()), 0u64);
+    for &quotient in &quotients.values {
+        let rank = next + (u64::from(quotient) << k | fixed.get(k)?);
+        if rank >= limit as u64 {
+            return Err(bad("a position beyond the chunk"));
+        }
+        ranks.push(rank as u32);
+        next = rank + 1;
+        sign(fixed)?;
+    }
+    Ok(ranks)
+}
+
+type Decoded<W> = (Vec<u32>, Vec<ClassEvents<W>>);
+
+/// The changed rows and the events of each live class.
+fn decode<W: Word>(
+    body: &[u8],
+    tables: &SparseTables,
+    map: ValueMap,
+    words: usize,
+    rows: Option<usize>,
+) -> Result<Decoded<W>, CodecError> {
+    let live: Vec<&Class> = tables.classes.iter().filter(|class| class.kind != ClassKind::Still).collect();
+    let mut header = BitReader::new(body);
+    let lanes_log2 = header.get(3)?;
+    if lanes_log2 > 5 {
+        return Err(bad("more than 32 lanes"));
+    }
+    let lanes = 1usize << lanes_log2;
+    let g = header.get(4)? as u32;
+    let row_symbols = if rows.is_some() { get_exp_golomb(&mut header, g)? } else { 0 };
+    let mut counts = Vec::with_capacity(live.len());
+    let (mut last, mut total) = (0i64, row_symbols);
+    for _ in &live {
+        last += get_signed(&mut header, g)?;
+        counts.push(u64::try_from(last).map_err(|_| bad("a negative count"))?);
+        total = total.saturating_add(last as u64);
+    }
+    if total > 2 * words as u64 {
+        return Err(bad("more symbols than words"));
+    }
+    let body = &body[header.bytes_read()..];
+
+    // Every symbol a step, then every raw bit: the raw bits start where the words end.
+    let mut decoder = Decoder::new(body, lanes)?;
+    let row_quotients = tables.row_rate.map(|rate| decode_quotients(&mut decoder, row_symbols, rate));
+    let row_quotients = row_quotients.transpose()?;
+    let mut quotients = Vec::with_capacity(live.len());
+    for (class, &count) in live.iter().zip(&counts) {
+        quotients.push(match class.kind {
+            ClassKind::Gaps(rate) => Some(decode_quotients(&mut decoder, count, rate)?),
+            _ => None,
+        });
+    }
+    let mut symbols = Vec::with_capacity(live.len());
+    for ((class, &count), quotients) in live.iter().zip(&counts).zip(&quotients) {
+        let count = quotients.as_ref().map_or(count as usize, |q| q.values.len());
+        symbols.push(match &class.values {
+            Some(table) => (0..count).map(|_| decoder.symbol(table)).collect::<Result<Vec<u8>, _>>()?,
+            None => vec![1; count],
+        });
+    }
+    let mut raw = Vec::new();
+    for state in &decoder.states[..lanes] {
+        if state >> 16 != 1 {
+            return Err(bad("a lane does not end in its seed"));
+        }
+        raw.extend_from_slice(&(*state as u16).to_le_bytes());
+    }
+    raw.extend_from_slice(decoder.rest());
+
+    let mut fixed = BitReader::new(&raw);
+    let changed = match (&row_quotients, tables.row_rate, rows) {
+        (Some(quotients), Some(rate), Some(rows)) => ranks_of(quotients, rate, rows, &mut fixed, |_| Ok(()))?,
+        _ => Vec::new(),
+    };
+    let mut signs = Vec::new();
+    let mut events = Vec::with_capacity(live.len());
+    for (class, quotients) in live.iter().zip(&quotients) {
+        let mut own = ClassEvents { low: class.low, high: class.high, ..ClassEvents::default() };
+        if let (Some(quotients), ClassKind::Gaps(rate)) = (quotients, class.kind) {
+            own.ranks = ranks_of(quotients, rate, words, &mut fixed, |bits| {
+                if map.is_step {
+                    signs.push(bits.get(1)? as u8);
+                }
+                Ok(())
+            })?;
+        }
+        events.push(own);
+    }
+    let mut rest = BitReader::new(&raw[fixed.bytes_read()..]);
+    let mut signs = signs.into_iter();
+    for ((class, own), symbols) in live.iter().zip(&mut events).zip(&symbols) {
+        read_values(class, own, symbols, map, &mut signs, &mut rest)?;
+    }
+    let used = fixed.bytes_read() + rest.bytes_read();
+    if used.max(lanes * 2) != raw.len() || raw[used..].iter().any(|&byte| byte != 0) {
+        return Err(bad("bytes left over"));
+    }
+    events.retain(|own| !own.ranks.is_empty());
+    Ok((changed, events))
+}
+
+/// Values of one class from its symbols, and the ranks as well if it is dense.
+fn read_values<W: Word>(
+    class: &Class,
+    own: &mut ClassEvents<W>,
+    symbols: &[u8],
+    map: ValueMap,
+    signs: &mut impl Iterator<Item = u8>,
+    raw: &mut BitReader<'_>,
+) -> Result<(), CodecError> {
+    let dense = class.kind == ClassKind::Dense;
+    if dense && !map.is_step {
+        return Err(bad("a dense class in an absolute patch"));
+    }
+    for (rank, &symbol) in symbols.iter().enumerate() {
+        if !map.is_step {
+            let low = raw.get(W::BITS - 8)?;
+            own.values.push(join_word(symbol, low, map.order.is_float));
+            continue;
+        }
+        if dense {
+            if symbol == 0 {
+                continue;
+            }
+            own.ranks.push(rank as u32);
+        }
+        let sign = if dense { raw.get(1)? } else { u64::from(signs.next().unwrap_or_default()) };
+        let (base, width) = magnitude_of::<W>(symbol).ok_or(bad("a magnitude beyond the word"))?;
+        own.values.push(step_of(sign, base + raw.get(width)?));
+    }
+    Ok(())
+}

@@ -1,0 +1,178 @@
+//! The encoder's first look at a segment: what changed, where, and what that says about chunk size and tables.
+
+use crate::classes::KeyMap;
+use crate::gap;
+use crate::head::HeadPlan;
+use crate::plan::{self, Histogram};
+use crate::scan::ValueMap;
+use crate::segment::{BaseKind, SegmentSpec};
+use crate::values::{sign_magnitude, split_magnitude, split_word};
+use crate::words::{Word, word_at};
+use crate::{planes, simd, sparse};
+
+/// Words of the smallest chunk that the encoder makes, as a power of two: the grain of its change counts.
+const GRAIN_LOG2: u32 = 15;
+/// Words of its largest chunk, as a power of two.
+const LARGEST_LOG2: u32 = 20;
+/// Payload that a chunk of mode S is sized for, in bits: large against its record and header (about 30 bytes), and
+/// small enough that a few million words make work for a whole GPU.
+const PAYLOAD_TARGET_BITS: f64 = 4096.0 * 8.0;
+/// Above this many words, key populations are estimated from one block in eight.
+const SAMPLE_ABOVE_WORDS: usize = 1 << 18;
+const SAMPLE_STRIDE: usize = 8;
+/// Rows shorter than this are not worth a bit each.
+const ROW_WORDS_MIN: u64 = 8;
+
+/// Whether so many changes call for a symbol a word.
+pub(crate) fn is_dense(changed: u64, words: usize) -> bool {
+    changed * 4 > words as u64
+}
+
+/// What the first pass found.
+pub(crate) struct Survey {
+    /// Changed words of every 2^15.
+    grains: Vec<u32>,
+    /// `None` where too much changed for sparse or dense steps to be of use.
+    histogram: Option<Histogram>,
+    rows_changed: u64,
+}
+
+impl Survey {
+    /// Compare `old` and `new`.
+    pub(crate) fn of<W: Word>(old: &[u8], new: &[u8], spec: &SegmentSpec) -> Self {
+        let (keys, map) = sparse::maps(spec);
+        let grains = vec![0; spec.words.div_ceil(1 << GRAIN_LOG2)];
+        let mut survey = Survey { grains, histogram: None, rows_changed: 0 };
+        if !map.is_step {
+            survey.count_grains::<W>(old, new);
+            if is_dense(survey.changed(), spec.words) {
+                return survey;
+            }
+            survey.grains.fill(0);
+        }
+        survey.look::<W>(old, new, spec, keys, map);
+        survey
+    }
+
+    fn count_grains<W: Word>(&mut self, old: &[u8], new: &[u8]) {
+        let grain_bytes = W::BYTES << GRAIN_LOG2;
+        for ((old, new), grain) in old.chunks(grain_bytes).zip(new.chunks(grain_bytes)).zip(&mut self.grains)
+        {
+            let pairs = old.chunks_exact(W::BYTES).zip(new.chunks_exact(W::BYTES));
+            *grain = pairs.map(|(a, b)| u32::from(W::load(a) != W::load(b))).sum();
+        }
+    }
+
+    fn look<W: Word>(&mut self, old: &[u8], new: &[u8], spec: &SegmentSpec, keys: KeyMap, map: ValueMap) {
+        let mut histogram = Histogram::new();
+        let row_words = if spec.row_words == 0 { u64::MAX } else { spec.row_words };
+        let mut row_end = row_words - spec.first_word % row_words;
+        let mut row_counted = false;
+        simd::for_each_change::<W>(old, new, |position| {
+            let (base, word) = (word_at::<W>(old, position), word_at::<W>(new, position));
+            let value = map.value(base, word);
+            let (symbol, raw_bits) = if map.is_step {
+                let (symbol, width, _) = split_magnitude::<W>(sign_magnitude(value).1);
+                (symbol, width)
+            } else {
+                (split_word(value, map.order.is_float).0, W::BITS - 8)
+            };
+            histogram.values[usize::from(keys.key(base)) << 8 | usize::from(symbol)] += 1;
+            histogram.raw_bits += u64::from(raw_bits);
+            self.grains[position >> GRAIN_LOG2] += 1;
+            if position as u64 >= row_end {
+                row_end += (position as u64 - row_end) / row_words * row_words;
+                row_end = row_end.saturating_add(row_words);
+                row_counted = false;
+            }
+            self.rows_changed += u64::from(!row_counted);
+            row_counted = true;
+        });
+        histogram.changed = self.changed();
+        count_keys::<W>(old, keys, &mut histogram.population);
+        self.histogram = Some(histogram);
+    }
+
+    fn changed(&self) -> u64 {
+        self.grains.iter().map(|&count| u64::from(count)).sum()
+    }
+
+    /// Changed words of a chunk of 2^`chunk_log2` words.
+    pub(crate) fn changed_in(&self, chunk: usize, chunk_log2: u32) -> u64 {
+        let per_chunk = 1 << (chunk_log2 - GRAIN_LOG2);
+        let grains = self.grains.chunks(per_chunk).nth(chunk).unwrap_or_default();
+        grains.iter().map(|&count| u64::from(count)).sum()
+    }
+
+    /// Chunk size and tables for the segment.
+    pub(crate) fn plan<W: Word>(&self, new: &[u8], spec: &SegmentSpec) -> HeadPlan {
+        let is_float = spec.dtype.float_layout().is_some();
+        let mut head = HeadPlan { chunk_log2: GRAIN_LOG2, ..HeadPlan::default() };
+        let Some(histogram) = &self.histogram else {
+            head.planes = Some(planes::plan::<W>(new, is_float).frequencies);
+            return head;
+        };
+        let (_, map) = sparse::maps(spec);
+        let rows = self.row_context(spec);
+        let coded_share = rows.map_or(1.0, |(_, share)| share);
+        if !is_dense(self.changed(), spec.words) {
+            let (classes, bits) = plan::sparse(histogram, coded_share, map.is_step);
+            let words = PAYLOAD_TARGET_BITS * spec.words as f64 / bits;
+            head.chunk_log2 = (words.log2() as u32).clamp(GRAIN_LOG2, LARGEST_LOG2);
+            head.sparse = Some((rows.map(|(rate, _)| rate), classes));
+        }
+        let chunk_words = 1usize << head.chunk_log2;
+        let words_of = |chunk: usize| chunk_words.min(spec.words - chunk * chunk_words);
+        let chunks = 0..spec.words.div_ceil(chunk_words);
+        let is_sparse = |chunk: usize| !is_dense(self.changed_in(chunk, head.chunk_log2), words_of(chunk));
+        if head.sparse.is_none() && chunks.clone().any(is_sparse) {
+            head.sparse =
+                Some((rows.map(|(rate, _)| rate), plan::sparse(histogram, coded_share, map.is_step).0));
+        }
+        if chunks.clone().all(is_sparse) {
+            return head;
+        }
+        let planes = planes::plan::<W>(new, is_float);
+        if map.is_step && spec.base != BaseKind::None {
+            let (classes, bits) = plan::dense(histogram);
+            if bits < planes.bits_per_word * spec.words as f64 {
+                head.dense = Some(classes);
+                return head;
+            }
+        }
+        head.planes = Some(planes.frequencies);
+        head
+    }
+
+    /// Rate of changed rows and their share of the words, if telling them apart saves bits.
+    fn row_context(&self, spec: &SegmentSpec) -> Option<(u32, f64)> {
+        let rows = (spec.words as u64).div_ceil(spec.row_words.max(1)) as f64;
+        if spec.row_words < ROW_WORDS_MIN || spec.row_words > spec.words as u64 || self.rows_changed == 0 {
+            return None;
+        }
+        let share = (self.rows_changed as f64 / rows).min(1.0);
+        let rate = gap::rate_of(self.rows_changed as f64, rows).max(gap::RATE_MIN);
+        let saved = -share.log2() * self.changed() as f64;
+        let cost = gap::cost_bits(self.rows_changed as f64, rows, rate) + 32.0;
+        (saved > cost).then_some((rate, share))
+    }
+}
+
+/// Count keys, by sample where there are many words; sampled counts are scaled up.
+fn count_keys<W: Word>(words: &[u8], keys: KeyMap, population: &mut [u64; 256]) {
+    let count = words.len() / W::BYTES;
+    if keys.mask == 0 {
+        population[0] = count as u64;
+        return;
+    }
+    let stride = if count > SAMPLE_ABOVE_WORDS { SAMPLE_STRIDE } else { 1 };
+    let mut tables = [[0u32; 256]; 4];
+    for block in words.chunks(64 * W::BYTES).step_by(stride) {
+        for (i, word) in block.chunks_exact(W::BYTES).enumerate() {
+            tables[i % 4][usize::from(keys.key(W::load(word)))] += 1;
+        }
+    }
+    for (key, population) in population.iter_mut().enumerate() {
+        *population = tables.iter().map(|table| u64::from(table[key])).sum::<u64>() * stride as u64;
+    }
+}
