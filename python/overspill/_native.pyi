@@ -1,0 +1,166 @@
+"""
+The native half of overspill; use it through the `overspill` package.
+"""
+
+from _typeshed import Incomplete
+from os import PathLike
+from typing import Any, SupportsFloat, SupportsIndex, final
+
+@final
+class Engine:
+    """
+    Moves bytes between a device, host memory and a spill file.
+
+    `device` is "cpu" (device memory is the process's own RAM), "sim" (the same under a schedule
+    drawn from `seed`), or "cuda" / "cuda:N". Sizes are in bytes.
+    """
+    def __new__(
+        cls,
+        /,
+        device: str,
+        *,
+        host_budget_bytes: SupportsIndex,
+        slab_bytes: SupportsIndex,
+        segment_bytes: SupportsIndex,
+        spill_dir: str | PathLike[str] | None = None,
+        spill_limit_bytes: SupportsIndex = 0,
+        eager_spill: bool = True,
+        seed: SupportsIndex | None = None,
+        trace: bool = False,
+    ) -> Engine: ...
+    def counters_json(self, /) -> str:
+        """
+        Counters as JSON: `pool`, `disk_bytes`, and per cause `count`, `bytes`, `busy_us`.
+        """
+    @property
+    def device_name(self, /) -> str:
+        """
+        Name of the device.
+        """
+    def drain(self, /) -> None:
+        """
+        Blocks until nothing is under way.
+        """
+    def offload(
+        self, /, address: SupportsIndex, bytes: SupportsIndex, owner: Any, stream: SupportsIndex
+    ) -> Slot:
+        """
+        Copies `bytes` at `address` away, behind what `stream` has been given so far. `owner` keeps
+        the memory alive and is let go when the copy has passed or after `release_source`.
+        """
+    def onboard(
+        self,
+        /,
+        slot: Slot,
+        address: SupportsIndex,
+        bytes: SupportsIndex,
+        owner: Any,
+        stream: SupportsIndex,
+        *,
+        prefetch: bool,
+    ) -> Onboarding:
+        """
+        Starts bringing `slot` back to `address`, which `stream` may overwrite from now on.
+        """
+    def release_source(self, /, slot: Slot, stream: SupportsIndex) -> None:
+        """
+        Makes `stream` wait for the copy of `slot` (and of all before it) and lets their owners go.
+        """
+    def reserve_host(self, /) -> None:
+        """
+        Takes the whole host budget now.
+        """
+    def trace_json(self, /) -> str:
+        """
+        The timeline of transfers as Perfetto JSON; empty unless made with `trace=True`.
+        """
+
+@final
+class Onboarding:
+    """
+    A slot on its way back.
+    """
+    def wait(self, /, stream: SupportsIndex) -> float:
+        """
+        Makes `stream` wait for the bytes; returns the microseconds for which the host was blocked.
+        """
+
+@final
+class Planner:
+    """
+    Decides for each saved piece of storage; see `overspill_storm::Planner`.
+    """
+    def __new__(
+        cls,
+        /,
+        *,
+        budget_bytes: SupportsIndex,
+        fixed_bytes: SupportsIndex,
+        lookahead_bytes: SupportsIndex,
+        offload_gbps: SupportsFloat | SupportsIndex,
+        onboard_gbps: SupportsFloat | SupportsIndex,
+    ) -> Planner:
+        """
+        A planner for `budget_bytes`, of which `fixed_bytes` are taken whatever happens.
+        """
+    def ahead_of(self, /, unit: SupportsIndex, allocated_bytes: SupportsIndex) -> list[int]:
+        """
+        Units to bring back now, the soonest needed first.
+        """
+    def arrived(self, /, unit: SupportsIndex, stalled_us: SupportsFloat | SupportsIndex) -> None:
+        """
+        `unit` is back; compute waited `stalled_us` for it.
+        """
+    def evicted(self, /, unit: SupportsIndex) -> None:
+        """
+        The buffer of a unit that was brought back is gone, the unit is not.
+        """
+    def free(
+        self, /, unit: SupportsIndex, allocated_bytes: SupportsIndex, peak_bytes: SupportsIndex | None
+    ) -> None:
+        """
+        The last saved tensor of `unit` is gone; `peak_bytes` is the most allocated in this step.
+        """
+    @property
+    def held_bytes(self, /) -> int:
+        """
+        Bytes of units held on the device now.
+        """
+    def left(self, /, unit: SupportsIndex) -> None:
+        """
+        The source of an offloaded unit was given up.
+        """
+    def need(self, /, unit: SupportsIndex, allocated_bytes: SupportsIndex) -> None:
+        """
+        Backward asks for `unit`.
+        """
+    def pack(self, /, nbytes: SupportsIndex, allocated_bytes: SupportsIndex) -> tuple[int, bool]:
+        """
+        A tensor was saved: `(unit, keep)`.
+        """
+    def plan_json(self, /) -> str | None:
+        """
+        The plan in force as JSON (`actions`, `predicted`), or None before the first step is over.
+        """
+    def prefetched(self, /, unit: SupportsIndex) -> None:
+        """
+        A buffer for `unit` was allocated ahead of need.
+        """
+
+@final
+class Slot:
+    """
+    Bytes that left the device; given up when this object is.
+    """
+    @property
+    def nbytes(self, /) -> int:
+        """
+        Length in bytes.
+        """
+
+def malloc_bytes_in_use() -> int:
+    """
+    Bytes that malloc has handed out in this process and not got back.
+    """
+
+def __getattr__(name: str) -> Incomplete: ...
