@@ -1,6 +1,7 @@
 """overspill: train, load and serve more than the GPU's memory holds."""
 
-from ._native import BudgetError, DeviceError, FormatError, OverspillError, TransferError, __version__
+from ._native import __version__
+from .errors import BudgetError, DeviceError, FormatError, OverspillError, TransferError
 from .storm import Storm
 
 __all__ = [

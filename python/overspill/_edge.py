@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from . import _native
+from .errors import DeviceError
 
 
 @dataclass
@@ -93,4 +94,4 @@ def edge_for(device: torch.device) -> Edge:
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         return CudaEdge(torch.device("cuda", index))
-    raise _native.DeviceError(f"device {device} is not supported; move the model to cpu or cuda")
+    raise DeviceError(f"device {device} is not supported; move the model to cpu or cuda")

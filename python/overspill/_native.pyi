@@ -2,9 +2,12 @@
 The native half of overspill; use it through the `overspill` package.
 """
 
-from _typeshed import Incomplete
 from os import PathLike
-from typing import Any, SupportsFloat, SupportsIndex, final
+from typing import Any, Final, SupportsFloat, SupportsIndex, final
+
+__all__ = ["Engine", "Onboarding", "Planner", "Slot", "__version__", "malloc_bytes_in_use"]
+
+__version__: Final[str]
 
 @final
 class Engine:
@@ -14,6 +17,7 @@ class Engine:
     `device` is "cpu" (device memory is the process's own RAM), "sim" (the same under a schedule
     drawn from `seed`), or "cuda" / "cuda:N". Sizes are in bytes.
     """
+
     def __new__(
         cls,
         /,
@@ -80,6 +84,7 @@ class Onboarding:
     """
     A slot on its way back.
     """
+
     def wait(self, /, stream: SupportsIndex) -> float:
         """
         Makes `stream` wait for the bytes; returns the microseconds for which the host was blocked.
@@ -90,6 +95,7 @@ class Planner:
     """
     Decides for each saved piece of storage; see `overspill_storm::Planner`.
     """
+
     def __new__(
         cls,
         /,
@@ -152,6 +158,7 @@ class Slot:
     """
     Bytes that left the device; given up when this object is.
     """
+
     @property
     def nbytes(self, /) -> int:
         """
@@ -162,5 +169,3 @@ def malloc_bytes_in_use() -> int:
     """
     Bytes that malloc has handed out in this process and not got back.
     """
-
-def __getattr__(name: str) -> Incomplete: ...

@@ -32,7 +32,13 @@ class Unit:
     )  # fmt: skip
 
     def __init__(
-        self, storm: Storm, unit_id: int, storage: torch.UntypedStorage, start: int, nbytes: int, tensor: torch.Tensor
+        self,
+        storm: Storm,
+        unit_id: int,
+        storage: torch.UntypedStorage,
+        start: int,
+        nbytes: int,
+        tensor: torch.Tensor,
     ) -> None:
         self.storm = storm
         self.id = unit_id
@@ -62,7 +68,7 @@ class Unit:
     def _shares_version_counter(self, tensor: torch.Tensor) -> bool:
         # Nothing tells two counters apart but counting: the probe has no bytes to be written.
         before = tensor._version
-        with torch.autograd._unsafe_preserve_version_counter(self.probe):
+        with torch.autograd._unsafe_preserve_version_counter(self.probe):  # type: ignore[attr-defined]
             self.probe.zero_()
             return tensor._version != before
 
@@ -74,6 +80,8 @@ class Saved:
     """One saved tensor: how to see it again, and whether it was written to meanwhile."""
 
     __slots__ = ("dtype", "name", "offset", "probe", "round", "shape", "stride", "tensor", "unit", "version")
+
+    tensor: torch.Tensor | None
 
     def __init__(self, tensor: torch.Tensor, unit: Unit | None, keep: bool) -> None:
         self.version = tensor._version

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ._native import BudgetError
+from .errors import BudgetError
 
 _FACTORS = {
     "": 1, "b": 1,
@@ -49,6 +49,4 @@ def format_bytes(count: float) -> str:
 
 
 def _refuse(name: str, text: str, reason: str) -> BudgetError:
-    error = BudgetError(f"{name}={text}: {reason}")
-    error.requested = text
-    return error
+    return BudgetError(f"{name}={text}: {reason}")

@@ -71,7 +71,9 @@ class Storm:
         self._min_bytes = max(min_bytes, 1)
         free_bytes = self._edge.free_bytes()
         in_use = self._edge.allocated_bytes()
-        budget = in_use + free_bytes * 9 // 10 if vram_budget is None else parse_bytes(vram_budget, "vram_budget")
+        budget = (
+            in_use + free_bytes * 9 // 10 if vram_budget is None else parse_bytes(vram_budget, "vram_budget")
+        )
         self.vram_budget_bytes = budget
         lookahead = max(budget // 16, _MIB)
         self._leaving_limit = max(budget // 16, _MIB)
@@ -174,13 +176,15 @@ class Storm:
 
     def _is_ours(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor may be moved: a dense one of the model's device, large enough, that is
-        neither a parameter nor a view of one, nor anything else that a leaf keeps alive anyhow."""
+        neither a parameter nor a view of one, nor anything else that a leaf keeps alive anyhow.
+        """
         if (
             type(tensor) is not torch.Tensor
             or tensor.layout is not torch.strided
             or tensor.device != self._edge.device
             or tensor.numel() == 0
-            or tensor.is_leaf and tensor.requires_grad
+            or tensor.is_leaf
+            and tensor.requires_grad
             or tensor.is_quantized
             or tensor.is_conj()
             or tensor.is_neg()
@@ -230,7 +234,8 @@ class Storm:
 
     def _storage_of(self, unit: Unit) -> torch.UntypedStorage:
         """The bytes of ``unit`` on the device, brought back if they are not there, and those that
-        are needed next on their way."""
+        are needed next on their way.
+        """
         if unit.source is not None:
             self._prefetch(unit)
             return unit.source
@@ -276,7 +281,8 @@ class Storm:
 
     def _let_go(self, unit: Unit) -> None:
         """Every tensor of ``unit`` was unpacked: whoever asked holds the bytes now, and a retained
-        graph gets them from the slot again."""
+        graph gets them from the slot again.
+        """
         unit.round += 1
         unit.pending = unit.saves
         if unit.buffer is not None:
@@ -327,7 +333,11 @@ class Storm:
             spill_dir = tempfile.gettempdir()
         limit = 0
         if spill_dir is not None:
-            limit = _half_of_free_disk(spill_dir) if spill_limit is None else parse_bytes(spill_limit, "spill_limit")
+            limit = (
+                _half_of_free_disk(spill_dir)
+                if spill_limit is None
+                else parse_bytes(spill_limit, "spill_limit")
+            )
         return Engine(
             self._edge.engine_name if seed is None else "sim",
             host_budget_bytes=host_bytes,

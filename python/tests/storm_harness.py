@@ -100,7 +100,9 @@ def first_difference(expected: Run, got: Run) -> str | None:
             if (grad is None) != (have is None):
                 return f"step {n}: gradient of {name} is missing on one side"
             if grad is not None and have is not None and not torch.equal(grad, have):
-                return f"step {n}: gradient of {name} differs by at most {(grad - have).abs().max().item():.3g}"
+                return (
+                    f"step {n}: gradient of {name} differs by at most {(grad - have).abs().max().item():.3g}"
+                )
     return None
 
 
@@ -189,4 +191,12 @@ class NaiveStorm(contextlib.AbstractContextManager["NaiveStorm"]):
             return torch._neg_view(out) if neg else out
 
 
-FAULTS = ("slot_reused", "stale_dedupe", "bit_flipped", "version_unchecked", "stride_lost", "offset_lost", "conj_lost")
+FAULTS = (
+    "slot_reused",
+    "stale_dedupe",
+    "bit_flipped",
+    "version_unchecked",
+    "stride_lost",
+    "offset_lost",
+    "conj_lost",
+)

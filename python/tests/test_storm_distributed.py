@@ -14,7 +14,15 @@ NAMES = ("ddp", "fsdp2", "fsdp2_checkpoint")
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs the worker on two ranks of one host, on a port of torchrun's choosing."""
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER), *arguments],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            str(WORKER),
+            *arguments,
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -122,7 +122,9 @@ def gpt2(device: str) -> Workload:
     """transformers' GPT-2: Conv1D layers, tied embeddings, dropout 0.1 everywhere."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0
+    )
     return causal_lm(GPT2LMHeadModel(config), device)
 
 
@@ -282,7 +284,10 @@ def masks(device: str) -> Workload:
             x = self.mix(self.embed(ids))
             x = torch.where(keep[..., None], x, x.sin())
             scores = (x @ x.transpose(1, 2)).masked_fill(~keep[:, None, :], -1e4)
-            x = F.scaled_dot_product_attention(x, x, x, attn_mask=keep[:, None, :] | keep[:, :, None]) + scores.softmax(-1) @ x
+            x = (
+                F.scaled_dot_product_attention(x, x, x, attn_mask=keep[:, None, :] | keep[:, :, None])
+                + scores.softmax(-1) @ x
+            )
             x = x.gather(1, order[..., None].expand_as(x))
             x = x.index_add(1, order[0], x) * keep.to(torch.uint8)[..., None]
             top, _ = x.sort(dim=1)
@@ -479,7 +484,11 @@ def views(device: str) -> Workload:
         overlap = torch.as_strided(q, (5, 8), (q.stride(0), 1), 3).pow(2)
         folded = (bias * q).view(6, 4, 4).permute(2, 0, 1).sigmoid() * windows.mean((1, 2))[:, None]
         freq = torch.fft.rfft(v + bias)
-        power = (freq * freq.conj()).real.sum() + (freq.conj().imag * freq.imag).sum() + torch.view_as_real(freq).prod()
+        power = (
+            (freq * freq.conj()).real.sum()
+            + (freq.conj().imag * freq.imag).sum()
+            + torch.view_as_real(freq).prod()
+        )
         diagonal = torch.diagonal(x[:, 5:11]) * torch.diagonal(x[:, 6:12]).flip(0)
         out = model[1](folded.permute(1, 2, 0).reshape(6, 16) + v * x[:1, 7:23].expand(6, -1))
         return F.cross_entropy(out, b.ints(4, 6)) + overlap.mean() + power * 1e-3 + diagonal.sum()

@@ -4,9 +4,9 @@ use std::{path::PathBuf, sync::Arc};
 
 use overspill_device::{DeviceRange, DeviceRef, Keep, StreamRef, sim};
 use overspill_engine::{self as engine, Cause, EngineConfig, SpillConfig};
-use pyo3::{exceptions::PyValueError, prelude::*};
+use pyo3::prelude::*;
 
-use crate::errors::{device_error, engine_error};
+use crate::errors::{device_error, engine_error, raise};
 
 /// Moves bytes between a device, host memory and a spill file.
 ///
@@ -169,14 +169,12 @@ impl Onboarding {
 fn open(py: Python<'_>, device: &str, seed: Option<u64>) -> PyResult<DeviceRef> {
     match (device, seed) {
         ("cpu", None) => Ok(sim::SimDevice::threads()),
-        ("cpu" | "sim", Some(seed)) => {
+        ("sim", Some(seed)) => {
             Ok(sim::SimDevice::seeded(sim::SimConfig { seed, ..sim::SimConfig::default() }))
         }
         _ => {
-            let _ = py;
-            Err(PyValueError::new_err(format!(
-                "device {device:?} is not known; expected \"cpu\", \"sim\" (with a seed) or \"cuda:N\""
-            )))
+            let what = "expected \"cpu\", \"sim\" with a seed, or \"cuda:N\"";
+            Err(raise(py, "DeviceError", &format!("device {device:?} is not known; {what}"), |_| Ok(())))
         }
     }
 }

@@ -15,8 +15,6 @@ mod _native {
     #[pymodule_export]
     use crate::engine::{Engine, Onboarding, Slot};
     #[pymodule_export]
-    use crate::errors::{BudgetError, DeviceError, FormatError, OverspillError, TransferError};
-    #[pymodule_export]
     use crate::storm::Planner;
 
     /// Bytes that malloc has handed out in this process and not got back.
@@ -25,10 +23,9 @@ mod _native {
         overspill_device::malloc_bytes_in_use()
     }
 
-    use super::{Bound, PyModule, PyModuleMethods, PyResult, pyfunction};
+    #[pymodule_export]
+    #[expect(non_upper_case_globals, reason = "the name that Python expects")]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
 
-    #[pymodule_init]
-    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
-        module.add("__version__", env!("CARGO_PKG_VERSION"))
-    }
+    use super::pyfunction;
 }

@@ -3,7 +3,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use overspill_storm::{self as storm, Action, Limits, Link, Sample, UnitId};
-use pyo3::prelude::*;
+use pyo3::{exceptions::PyRuntimeError, prelude::*};
 
 use crate::errors::storm_error;
 
@@ -94,6 +94,6 @@ impl Planner {
     fn plan_json(&self) -> PyResult<Option<String>> {
         let planner = self.lock();
         let document = planner.plan().map(serde_json::to_string).transpose();
-        document.map_err(|error| crate::errors::OverspillError::new_err(error.to_string()))
+        document.map_err(|error| PyRuntimeError::new_err(error.to_string()))
     }
 }

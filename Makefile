@@ -1,0 +1,79 @@
+# Every habitual command; CONTRIBUTING.md explains them.
+SHELL := /bin/bash
+TOOLS := .tools
+VENV := .venv
+UV := $(shell command -v uv 2>/dev/null || echo $(TOOLS)/bin/uv)
+RUST := $(shell git ls-files -co --exclude-standard 'crates/*' 'bindings/*' Cargo.toml Cargo.lock 2>/dev/null)
+IN := source $(VENV)/bin/activate &&
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help test demo build stubs lint lint-rust lint-python deny test-rust test-python fuzz figures clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+test: lint test-rust test-python deny  ## all that CI runs
+	@echo "make test: all green"
+
+# ---- environment -------------------------------------------------------------------------------
+
+$(TOOLS)/bin/uv:
+	python3 -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet uv
+
+$(VENV)/.synced: pyproject.toml uv.lock $(if $(findstring $(TOOLS),$(UV)),$(UV))
+	$(UV) sync --frozen --quiet --no-install-project
+	@touch $@
+
+build: $(VENV)/.built  ## the extension, optimised, in .venv
+$(VENV)/.built: $(VENV)/.synced $(RUST)
+	$(IN) maturin develop --release --uv --quiet
+	@touch $@
+
+stubs: build  ## the type stubs of the extension, from the extension
+	$(IN) maturin generate-stubs --release --quiet --out target/stubs
+	$(IN) ruff format --quiet --stdin-filename _native.pyi - < target/stubs/overspill/_native.pyi > python/overspill/_native.pyi
+
+# ---- checks ------------------------------------------------------------------------------------
+
+lint: lint-rust lint-python  ## formatting, clippy, ruff, mypy
+
+lint-rust:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --quiet -- -D warnings
+
+lint-python: $(VENV)/.built
+	$(IN) ruff check --quiet . && ruff format --quiet --check . && mypy
+
+test-rust:  ## unit, property, schedule and fault tests
+	cargo test --workspace --quiet
+
+test-python: build  ## pytest, stubs against the extension
+	$(IN) maturin generate-stubs --release --quiet --out target/stubs
+	$(IN) ruff format --quiet --stdin-filename _native.pyi - < target/stubs/overspill/_native.pyi \
+	    | diff -u python/overspill/_native.pyi - || { echo "stubs are stale: make stubs"; exit 1; }
+	$(IN) python -m mypy.stubtest overspill._native
+	$(IN) python -m pytest
+
+deny: $(TOOLS)/bin/cargo-deny  ## licences, bans and sources of every dependency
+	$(TOOLS)/bin/cargo-deny --log-level warn check --hide-inclusion-graph licenses bans sources
+
+$(TOOLS)/bin/cargo-deny:
+	cargo install cargo-deny --locked --debug --quiet --version 0.20.2 --root $(TOOLS)
+
+# ---- demo, benchmarks --------------------------------------------------------------------------
+
+ifdef PYTHON
+demo:  ## train SmolLM2-135M under half the memory; PYTHON=... uses an environment with torch
+	$(PYTHON) -m pip install --quiet --target target/demo/site --upgrade --no-deps .
+	PYTHONPATH=target/demo/site $(PYTHON) -m overspill.demo --out target/demo
+else
+demo: build
+	$(IN) python -m overspill.demo --out target/demo
+endif
+
+figures: $(VENV)/.synced  ## docs/figures from bench/results
+	$(IN) python bench/figures.py
+
+clean:  ## everything that was built
+	rm -rf target $(VENV) $(TOOLS)

@@ -1,0 +1,44 @@
+"""What overspill raises. Facts are attributes, not only text; one that does not apply is None."""
+
+from __future__ import annotations
+
+
+class OverspillError(Exception):
+    """Anything that overspill reports.
+
+    Attributes:
+        tier: "device", "host" or "disk".
+        requested_bytes: what was asked for.
+        available_bytes: what there is.
+        budget_bytes: the limit as it was stated.
+        offset_bytes: where in a file.
+        path: the file or folder.
+    """
+
+    tier: str | None = None
+    requested_bytes: int | None = None
+    available_bytes: int | None = None
+    budget_bytes: int | None = None
+    offset_bytes: int | None = None
+    path: str | None = None
+
+    def __init__(self, message: str, **facts: object) -> None:
+        super().__init__(message)
+        for name, fact in facts.items():
+            setattr(self, name, fact)
+
+
+class BudgetError(OverspillError):
+    """A memory or disk budget is not a byte count, or cannot be kept."""
+
+
+class FormatError(OverspillError):
+    """A file or a buffer is not what it should be."""
+
+
+class TransferError(OverspillError):
+    """Bytes could not be moved; they are where they were."""
+
+
+class DeviceError(OverspillError):
+    """The device is missing, too old, or refused a call."""
