@@ -5,6 +5,7 @@
 //! warp: which lanes pull, and in which order, follows from a ballot. The encoder runs backwards.
 
 use crate::CodecError;
+use crate::bits::{BitReader, BitWriter};
 
 /// Bits of a probability.
 pub(crate) const PROB_BITS: u32 = 12;
@@ -62,6 +63,28 @@ impl Encoder {
 
     /// Append the lanes' states (4 bytes each), then the words. `seeds` are the states that decoding ends in.
     pub(crate) fn finish(&self, seeds: &[u32], out: &mut Vec<u8>) {
+        let (states, words) = self.run(seeds);
+        for state in &states[..seeds.len()] {
+            out.extend_from_slice(&state.to_le_bytes());
+        }
+        out.extend(words.iter().rev().flat_map(|word| word.to_le_bytes()));
+    }
+
+    /// As [`Encoder::finish`], each state in as few bits as it needs: 4 bits n - 16, then the n bits below its
+    /// leading one; padded to a byte. A state takes 28 bits on average, of which 24 carry information.
+    pub(crate) fn finish_packed(&self, seeds: &[u32], out: &mut Vec<u8>) {
+        let (states, words) = self.run(seeds);
+        let mut bits = BitWriter::new();
+        for state in &states[..seeds.len()] {
+            bits.put(u64::from(state.ilog2() - 16), 4);
+            bits.put(u64::from(*state), state.ilog2());
+        }
+        out.extend_from_slice(&bits.finish());
+        out.extend(words.iter().rev().flat_map(|word| word.to_le_bytes()));
+    }
+
+    /// The states that decoding starts in, and the words, last one first.
+    fn run(&self, seeds: &[u32]) -> ([u32; MAX_LANES], Vec<u16>) {
         let mut states = [STATE_LOW; MAX_LANES];
         states[..seeds.len()].copy_from_slice(seeds);
         let mask = seeds.len() - 1;
@@ -71,10 +94,7 @@ impl Encoder {
                 words.push(word);
             }
         }
-        for state in &states[..seeds.len()] {
-            out.extend_from_slice(&state.to_le_bytes());
-        }
-        out.extend(words.iter().rev().flat_map(|word| word.to_le_bytes()));
+        (states, words)
     }
 }
 
@@ -111,6 +131,17 @@ impl<'a> Decoder<'a> {
             }
         }
         Ok(Decoder { states, mask: lanes - 1, next: 0, words })
+    }
+
+    /// As [`Decoder::new`] for states in the form of [`Encoder::finish_packed`].
+    pub(crate) fn new_packed(bytes: &'a [u8], lanes: usize) -> Result<Self, CodecError> {
+        let mut bits = BitReader::new(bytes);
+        let mut states = [STATE_LOW; MAX_LANES];
+        for state in &mut states[..lanes] {
+            let width = bits.get(4)? as u32 + 16;
+            *state = 1 << width | bits.get(width)? as u32;
+        }
+        Ok(Decoder { states, mask: lanes - 1, next: 0, words: &bytes[bits.bytes_read()..] })
     }
 
     /// The next symbol.

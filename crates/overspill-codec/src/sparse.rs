@@ -4,7 +4,7 @@
 //! - counts, a bit stream padded to bytes: log2 of the lanes K (3 bits); order g (4 bits); with row context,
 //!   the gap symbols of the rows (exp-Golomb g); per class that is not still, the signed difference of its count of
 //!   symbols to the count before it, at first 0 (exp-Golomb g);
-//! - K lane states and the word stream of [`crate::rans`]: row gaps, gaps of each
+//! - K lane states, packed, and the word stream of [`crate::rans`]: row gaps, gaps of each
 //!   class in ascending order, then for each class its value symbols;
 //! - the raw bits, two streams each padded to bytes. First, per row gap and per gap of each class: its low bits
 //!   and, for a step, its sign. Second, in the order of the value symbols: for a word of a dense class that
@@ -212,7 +212,7 @@ impl Coder {
             let half = halves.next().unwrap_or_default();
             *seed |= half.iter().rev().fold(0, |sum, &byte| sum << 8 | u32::from(byte));
         }
-        self.symbols.finish(seeds, out);
+        self.symbols.finish_packed(seeds, out);
         out.extend_from_slice(raw.get(seeds.len() * 2..).unwrap_or_default());
     }
 }
@@ -317,7 +317,7 @@ fn decode<W: Word>(
     let body = &body[header.bytes_read()..];
 
     // Every symbol a step, then every raw bit: the raw bits start where the words end.
-    let mut decoder = Decoder::new(body, lanes)?;
+    let mut decoder = Decoder::new_packed(body, lanes)?;
     let row_quotients = tables.row_rate.map(|rate| decode_quotients(&mut decoder, row_symbols, rate));
     let row_quotients = row_quotients.transpose()?;
     let mut quotients = Vec::with_capacity(live.len());

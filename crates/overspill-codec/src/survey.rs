@@ -13,10 +13,10 @@ use crate::{planes, simd, sparse};
 /// Words of the smallest chunk that the encoder makes, as a power of two: the grain of its change counts.
 const GRAIN_LOG2: u32 = 15;
 /// Words of its largest chunk, as a power of two.
-const LARGEST_LOG2: u32 = 20;
-/// Payload that a chunk of mode S is sized for, in bits: large against its record and header (about 30 bytes), and
+const LARGEST_LOG2: u32 = 22;
+/// Payload that a chunk of mode S is sized for, in bits: large against its record and header (about 40 bytes), and
 /// small enough that a few million words make work for a whole GPU.
-const PAYLOAD_TARGET_BITS: f64 = 4096.0 * 8.0;
+const PAYLOAD_TARGET_BITS: f64 = 8192.0 * 8.0;
 /// Above this many words, key populations are estimated from one block in eight.
 const SAMPLE_ABOVE_WORDS: usize = 1 << 18;
 const SAMPLE_STRIDE: usize = 8;
