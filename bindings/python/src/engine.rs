@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use overspill_device::{DeviceRange, DeviceRef, Keep, StreamRef, sim};
+use overspill_device::{DeviceRange, DeviceRef, Keep, StreamRef, cuda, sim};
 use overspill_engine::{self as engine, Cause, EngineConfig, SpillConfig};
 use pyo3::prelude::*;
 
@@ -167,14 +167,26 @@ impl Onboarding {
 }
 
 fn open(py: Python<'_>, device: &str, seed: Option<u64>) -> PyResult<DeviceRef> {
+    let refused = || {
+        let what = "expected \"cpu\", \"sim\" with a seed, or \"cuda:N\"";
+        raise(py, "DeviceError", &format!("device {device:?} is not known; {what}"), |_| Ok(()))
+    };
     match (device, seed) {
         ("cpu", None) => Ok(sim::SimDevice::threads()),
-        ("sim", Some(seed)) => {
+        ("cpu" | "sim", Some(seed)) => {
             Ok(sim::SimDevice::seeded(sim::SimConfig { seed, ..sim::SimConfig::default() }))
         }
-        _ => {
-            let what = "expected \"cpu\", \"sim\" with a seed, or \"cuda:N\"";
-            Err(raise(py, "DeviceError", &format!("device {device:?} is not known; {what}"), |_| Ok(())))
+        (_, None) => {
+            let rest = device.strip_prefix("cuda").ok_or_else(refused)?;
+            let ordinal = match rest.strip_prefix(':') {
+                Some(number) => number.parse().map_err(|_| refused())?,
+                None if rest.is_empty() => 0,
+                None => return Err(refused()),
+            };
+            let config = cuda::CudaConfig { ordinal, ..cuda::CudaConfig::default() };
+            let opened = py.detach(|| cuda::CudaDevice::open(config));
+            Ok(opened.map_err(|error| device_error(py, &error))?)
         }
+        _ => Err(refused()),
     }
 }

@@ -54,6 +54,18 @@ pub enum Error {
         /// The driver's words for it.
         message: String,
     },
+    /// A stream was told to wait for an event of another backend.
+    #[error("{backend}: the event is of another backend")]
+    ForeignEvent {
+        /// The stream's backend.
+        backend: &'static str,
+    },
+    /// On a seeded device nothing can run any more: whoever waits would wait forever.
+    #[error("deadlock on the simulated device, seed {seed}")]
+    Deadlock {
+        /// Seed of the schedule.
+        seed: u64,
+    },
     /// A fault that a test asked for.
     #[error("injected fault: {0}")]
     Injected(&'static str),

@@ -2,13 +2,14 @@
 //!
 //! The bottom layer: everything above it moves bytes through the four traits here and never learns
 //! which backend runs. Two backends implement them: [`sim`], real bytes on the host with seeded or
-//! threaded streams, and `cuda`, the only user of the driver API.
+//! threaded streams, and [`cuda`], the only user of the driver API.
 //!
 //! Ownership: a copy in flight owns leases on its source and its destination until its event has
 //! passed ([`InFlight`]); an extent of host memory remembers the event of the copy that fills it
 //! and makes every reader wait for it ([`HostExtent`]). What this crate does not do: budgets,
 //! placement, policy, files.
 
+pub mod cuda;
 mod error;
 mod gate;
 mod inflight;

@@ -55,8 +55,11 @@ pub trait Device: Send + Sync {
     /// Host time on the clock of [`Event::time_us`], in microseconds since the device was opened.
     fn now_us(&self) -> f64;
 
-    /// Blocks the host until `gate` opens.
-    fn block_on(&self, gate: &Gate);
+    /// Blocks the host until `gate` opens. An error where it never will.
+    fn block_on(&self, gate: &Gate) -> Result<()>;
+
+    /// The backend's own type, for what only it can do.
+    fn as_any(&self) -> &dyn Any;
 }
 
 /// Which way bytes go.
@@ -98,6 +101,9 @@ pub trait Stream: Send + Sync {
 
     /// Blocks the host until everything enqueued so far is done.
     fn synchronize(&self) -> Result<()>;
+
+    /// The backend's own type, for its kernels.
+    fn as_any(&self) -> &dyn Any;
 }
 
 /// A point in a stream.

@@ -198,7 +198,7 @@ impl Engine {
             let gate = Arc::new(Gate::new());
             let last = Arc::clone(&gate);
             queue.push(Box::new(move || last.open()));
-            shared.device.block_on(&gate);
+            shared.device.block_on(&gate)?;
         }
         while shared.wait_oldest(Direction::Offload)? || shared.wait_oldest(Direction::Onboard)? {}
         shared.reap()
@@ -248,7 +248,7 @@ impl Onboarding {
     /// being read from disk. Gives up the lease on the destination.
     pub fn wait_on(&self, compute: &StreamRef) -> Result<()> {
         let shared = &self.engine.0;
-        shared.device.block_on(self.ticket.gate());
+        shared.device.block_on(self.ticket.gate())?;
         match self.ticket.outcome()? {
             Some(sequence) => shared.release_through(Direction::Onboard, sequence, compute),
             None => Ok(()),
@@ -396,7 +396,7 @@ impl Shared {
             }
             let oldest_spill = self.state().spills.pop_front();
             if let Some(gate) = oldest_spill {
-                self.device.block_on(&gate);
+                self.device.block_on(&gate)?;
                 self.reap()?;
                 continue;
             }

@@ -3,15 +3,17 @@
 use std::{
     any::Any,
     collections::VecDeque,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    thread::{self, ThreadId},
     time::Instant,
 };
 
 use super::{Planted, SimConfig, memory};
-use crate::{Event, EventRef, Job, RawCopy, Result};
+use crate::{Error, Event, EventRef, Job, RawCopy, Result};
 
 /// Most operations that one call runs on a seeded device.
 const MOST_STEPS_A_CALL: usize = 3;
@@ -30,6 +32,8 @@ pub struct Core {
     changed: Condvar,
     seeded: Option<SimConfig>,
     opened: Instant,
+    /// Operations run so far: the time on a seeded device, in microseconds.
+    steps: AtomicU64,
 }
 
 struct Schedule {
@@ -41,7 +45,8 @@ struct Schedule {
 #[derive(Default)]
 struct Queue {
     ops: VecDeque<Op>,
-    busy: bool,
+    /// The thread that runs an operation of this queue now.
+    runner: Option<ThreadId>,
     closed: bool,
 }
 
@@ -64,7 +69,13 @@ impl Core {
     fn new(seeded: Option<SimConfig>) -> Self {
         let rng = fastrand::Rng::with_seed(seeded.map_or(0, |config| config.seed));
         let schedule = Schedule { queues: Vec::new(), rng, allocations: 0 };
-        Self { schedule: Mutex::new(schedule), changed: Condvar::new(), seeded, opened: Instant::now() }
+        Self {
+            schedule: Mutex::new(schedule),
+            changed: Condvar::new(),
+            seeded,
+            opened: Instant::now(),
+            steps: AtomicU64::new(0),
+        }
     }
 
     pub fn is_seeded(&self) -> bool {
@@ -75,14 +86,21 @@ impl Core {
         self.seeded.map_or(Planted::Nothing, |config| config.planted)
     }
 
+    /// Virtual on a seeded device, so that its timeline follows from the seed alone.
     pub fn now_us(&self) -> f64 {
-        self.opened.elapsed().as_secs_f64() * 1e6
+        if self.is_seeded() {
+            self.steps.load(Ordering::Relaxed) as f64
+        } else {
+            self.opened.elapsed().as_secs_f64() * 1e6
+        }
     }
 
     pub fn next_allocation_fails(&self) -> bool {
+        let Some(config) = self.seeded else { return false };
         let mut schedule = self.lock();
         schedule.allocations += 1;
-        self.seeded.and_then(|config| config.fail_allocation) == Some(schedule.allocations - 1)
+        let by_chance = config.fail_one_allocation_in.is_some_and(|n| schedule.rng.u64(..n.max(1)) == 0);
+        by_chance || config.fail_allocation == Some(schedule.allocations - 1)
     }
 
     /// Adds a queue; returns its index.
@@ -123,7 +141,8 @@ impl Core {
         loop {
             if let Some(op) = schedule.take(queue) {
                 drop(schedule);
-                self.run(queue, op);
+                // A job that panics has said so; those behind it still run, or their waiters hang.
+                let _ = catch_unwind(AssertUnwindSafe(|| self.run(queue, op)));
                 schedule = self.lock();
             } else if schedule.queues[queue].closed && schedule.queues[queue].ops.is_empty() {
                 return;
@@ -143,20 +162,27 @@ impl Core {
         }
     }
 
-    /// Runs until `done`.
-    ///
-    /// # Panics
-    /// On a seeded device, if nothing can run any more: whoever waits would wait forever.
-    pub fn run_until(&self, done: impl Fn() -> bool) {
-        if let Some(config) = self.seeded {
-            while !done() {
-                assert!(self.step() || done(), "deadlock on the simulated device, seed {}", config.seed);
+    /// Runs until `done`; on a seeded device, an error if nothing can run any more.
+    pub fn run_until(&self, done: impl Fn() -> bool) -> Result<()> {
+        loop {
+            if self.is_seeded() && self.step() {
+                if done() {
+                    return Ok(());
+                }
+                continue;
             }
-            return;
-        }
-        let mut schedule = self.lock();
-        while !done() {
-            schedule = self.changed.wait(schedule).unwrap_or_else(PoisonError::into_inner);
+            let schedule = self.lock();
+            if done() {
+                return Ok(());
+            }
+            match self.seeded {
+                // Ready since `step` looked, or being run by another thread: not stuck yet.
+                Some(_) if schedule.has_ready() => {}
+                Some(config) if !schedule.is_run_elsewhere() => {
+                    return Err(Error::Deadlock { seed: config.seed });
+                }
+                _ => drop(self.changed.wait(schedule).unwrap_or_else(PoisonError::into_inner)),
+            }
         }
     }
 
@@ -178,6 +204,8 @@ impl Core {
     }
 
     fn run(&self, queue: usize, op: Op) {
+        let _running = Running { core: self, queue };
+        self.steps.fetch_add(1, Ordering::Relaxed);
         match op {
             // SAFETY: whoever enqueued the copy promised that both ranges stay leased until an
             // event recorded after it has passed, and that event is behind it in this queue.
@@ -186,8 +214,6 @@ impl Core {
             Op::Record(event) => event.pass(),
             Op::Job(job) => job(),
         }
-        self.lock().queues[queue].busy = false;
-        self.changed.notify_all();
     }
 
     fn lock(&self) -> MutexGuard<'_, Schedule> {
@@ -195,21 +221,43 @@ impl Core {
     }
 }
 
+/// Frees its queue for the next operation, also when this one panics.
+struct Running<'a> {
+    core: &'a Core,
+    queue: usize,
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.core.lock().queues[self.queue].runner = None;
+        self.core.changed.notify_all();
+    }
+}
+
 impl Schedule {
     fn is_ready(&self, queue: usize) -> bool {
         let queue = &self.queues[queue];
-        !queue.busy
+        queue.runner.is_none()
             && match queue.ops.front() {
                 Some(Op::Wait(event)) => really_done(event),
                 front => front.is_some(),
             }
     }
 
+    fn has_ready(&self) -> bool {
+        (0..self.queues.len()).any(|queue| self.is_ready(queue))
+    }
+
+    fn is_run_elsewhere(&self) -> bool {
+        let here = thread::current().id();
+        self.queues.iter().any(|queue| queue.runner.is_some_and(|runner| runner != here))
+    }
+
     fn take(&mut self, queue: usize) -> Option<Op> {
         if !self.is_ready(queue) {
             return None;
         }
-        self.queues[queue].busy = true;
+        self.queues[queue].runner = Some(thread::current().id());
         self.queues[queue].ops.pop_front()
     }
 }
@@ -248,10 +296,10 @@ impl Event for SimEvent {
     }
 
     fn synchronize(&self) -> Result<()> {
-        if self.core.planted() != Planted::EventsPassEarly {
-            self.core.run_until(|| self.done.load(Ordering::Acquire));
+        if self.core.planted() == Planted::EventsPassEarly {
+            return Ok(());
         }
-        Ok(())
+        self.core.run_until(|| self.done.load(Ordering::Acquire))
     }
 
     fn time_us(&self) -> Result<f64> {

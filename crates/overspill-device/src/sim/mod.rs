@@ -7,14 +7,14 @@
 //! first shows once a year, and finds them again from the seed.
 //!
 //! On a seeded device freed memory is poisoned and kept mapped, so that a use after free is wrong
-//! bytes in a test and not undefined behaviour. What it does not do: time. A copy takes as long as
-//! it takes.
+//! bytes in a test and not undefined behaviour; its clock counts operations. What it does not do:
+//! speed. A copy takes as long as it takes.
 
 mod core;
 mod memory;
 mod queue;
 
-use std::sync::Arc;
+use std::{any::Any, sync::Arc};
 
 pub use self::queue::SimQueue;
 use self::{core::Core, queue::HostStream};
@@ -41,6 +41,8 @@ pub struct SimConfig {
     pub planted: Planted,
     /// The allocation (counted from 0, device and host alike) that fails, if any.
     pub fail_allocation: Option<u64>,
+    /// One allocation in so many fails, by chance; none if absent.
+    pub fail_one_allocation_in: Option<u64>,
 }
 
 /// See the module.
@@ -127,11 +129,15 @@ impl Device for SimDevice {
         self.core.now_us()
     }
 
-    fn block_on(&self, gate: &Gate) {
+    fn block_on(&self, gate: &Gate) -> Result<()> {
         if self.core.is_seeded() {
-            self.core.run_until(|| gate.is_open());
-        } else {
-            gate.sleep();
+            return self.core.run_until(|| gate.is_open());
         }
+        gate.sleep();
+        Ok(())
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
     }
 }

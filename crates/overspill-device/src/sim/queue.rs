@@ -1,6 +1,7 @@
 //! Streams and host queues of the simulated device: one kind of ordered queue, and the caller.
 
 use std::{
+    any::Any,
     sync::Arc,
     thread::{self, JoinHandle},
 };
@@ -61,6 +62,10 @@ impl Stream for SimQueue {
     fn synchronize(&self) -> Result<()> {
         self.record()?.synchronize()
     }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
 }
 
 impl HostQueue for SimQueue {
@@ -116,5 +121,9 @@ impl Stream for HostStream {
 
     fn synchronize(&self) -> Result<()> {
         Ok(())
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
     }
 }
