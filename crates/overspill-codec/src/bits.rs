@@ -43,10 +43,6 @@ impl BitWriter {
         self.put(value, bits - 1);
     }
 
-    pub(crate) fn bit_len(&self) -> u64 {
-        self.bytes.len() as u64 * 8 + u64::from(self.pending_bits)
-    }
-
     /// The bytes, the last one padded with zero bits.
     pub(crate) fn finish(mut self) -> Vec<u8> {
         let tail = self.pending.to_le_bytes();

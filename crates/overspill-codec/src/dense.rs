@@ -22,20 +22,21 @@ pub(crate) trait Context<W: Word> {
     fn word(&self, position: usize, base: W, step: W) -> W;
 }
 
-/// Append the payload of one chunk.
+/// Append the payload of one chunk, whose first word is at `first` for the context.
 pub(crate) fn encode<W: Word>(
     old: &[u8],
     new: &[u8],
     classes: &[DenseClass],
     context: &impl Context<W>,
+    first: usize,
     out: &mut Vec<u8>,
 ) {
     let (mut symbols, mut raw) = (Encoder::default(), BitWriter::new());
     for i in 0..old.len() / W::BYTES {
         let base = word_at::<W>(old, i);
-        let (sign, magnitude) = sign_magnitude(context.step(i, base, word_at::<W>(new, i)));
+        let (sign, magnitude) = sign_magnitude(context.step(first + i, base, word_at::<W>(new, i)));
         let (symbol, width, low) = split_magnitude::<W>(magnitude);
-        symbols.push(&classes[context.class(i, base)].values, symbol.into());
+        symbols.push(&classes[context.class(first + i, base)].values, symbol.into());
         if magnitude != 0 {
             raw.put(sign, 1);
             raw.put(low, width);

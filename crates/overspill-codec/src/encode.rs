@@ -3,6 +3,7 @@
 use crate::chunk::ChunkMode;
 use crate::chunk::KeyContext;
 use crate::head::{Head, HeadPlan};
+use crate::quant::{self, Prediction, QuantContext};
 use crate::record::payload_check;
 use crate::segment::{SEGMENT_WORDS, SegmentSpec, check_len};
 use crate::survey::{Survey, is_dense};
@@ -143,22 +144,30 @@ fn encode_typed<W: Word>(
     spec: &SegmentSpec,
     options: &EncodeOptions,
 ) -> Result<EncodedSegment, CodecError> {
-    let zeros;
-    let old = match base {
-        Base::Words(bytes) => bytes,
-        Base::None => {
-            zeros = vec![0; new.len()];
-            &zeros
+    match base {
+        Base::Words(old) => encode_against::<W>(old, None, new, spec, options),
+        Base::None => encode_against::<W>(&vec![0; new.len()], None, new, spec, options),
+        Base::Quantized(layout, blocks) => {
+            quant::check_dtype(spec.dtype)?;
+            let prediction = Prediction::new(layout, blocks, spec.dtype);
+            encode_against::<W>(&prediction.words, Some(&prediction), new, spec, options)
         }
-        Base::Quantized(..) => {
-            return Err(CodecError::Base { why: "quantized bases are not supported yet" });
-        }
-    };
+    }
+}
+
+/// Encode against the words that the decoder starts from; `prediction` if they come from quantized blocks.
+fn encode_against<W: Word>(
+    old: &[u8],
+    prediction: Option<&Prediction<W>>,
+    new: &[u8],
+    spec: &SegmentSpec,
+    options: &EncodeOptions,
+) -> Result<EncodedSegment, CodecError> {
     let stats = SegmentStats { words: spec.words as u64, ..SegmentStats::default() };
     if old == new {
         return Ok(EncodedSegment { head: vec![0], index: vec![], blob: vec![], stats });
     }
-    let survey = Survey::of::<W>(old, new, spec);
+    let survey = Survey::of::<W>(old, prediction, new, spec);
     let plan = match options.codec {
         CodecChoice::Auto => survey.plan::<W>(new, spec),
         CodecChoice::EliasZstd => HeadPlan { chunk_log2: ELIAS_CHUNK_LOG2, ..HeadPlan::default() },
@@ -166,13 +175,13 @@ fn encode_typed<W: Word>(
     let head_bytes = plan.to_bytes();
     let head = Head::take(&mut head_bytes.as_slice(), spec)?;
     let mut encoded = EncodedSegment { head: head_bytes, index: vec![], blob: vec![], stats };
-    let mut chunks = ChunkEncoder { head: &head, spec, options, try_zstd: None };
+    let mut chunks = ChunkEncoder { head: &head, spec, options, prediction, try_zstd: None };
     let chunk_bytes = W::BYTES << head.chunk_log2;
     for (chunk, (old, new)) in old.chunks(chunk_bytes).zip(new.chunks(chunk_bytes)).enumerate() {
         let changed = survey.changed_in(chunk, head.chunk_log2);
         let start = encoded.blob.len();
         if changed > 0 {
-            chunks.encode::<W>(chunk << head.chunk_log2, old, new, changed, &mut encoded.blob)?;
+            chunks.encode(chunk << head.chunk_log2, old, new, changed, &mut encoded.blob)?;
         }
         let payload = &encoded.blob[start..];
         let mode = &mut encoded.stats.modes[ChunkMode::of(payload)? as usize];
@@ -186,17 +195,18 @@ fn encode_typed<W: Word>(
 }
 
 /// Encodes the chunks of one segment, cheapest mode each.
-struct ChunkEncoder<'a> {
+struct ChunkEncoder<'a, W> {
     head: &'a Head,
     spec: &'a SegmentSpec,
     options: &'a EncodeOptions,
+    prediction: Option<&'a Prediction<W>>,
     /// Whether a probe found that Zstandard beats byte planes here; `None` before the first probe.
     try_zstd: Option<bool>,
 }
 
-impl ChunkEncoder<'_> {
+impl<W: Word> ChunkEncoder<'_, W> {
     /// Append the payload of one chunk with `changed` > 0 changed words.
-    fn encode<W: Word>(
+    fn encode(
         &mut self,
         first_word: usize,
         old: &[u8],
@@ -214,21 +224,30 @@ impl ChunkEncoder<'_> {
             }
             (_, Some(tables), _) => {
                 out.push(ChunkMode::Dense as u8);
-                dense::encode::<W>(old, new, &tables.classes, &KeyContext::new(self.spec, tables), out);
+                match self.prediction {
+                    None => {
+                        let context = KeyContext::new(self.spec, tables);
+                        dense::encode::<W>(old, new, &tables.classes, &context, 0, out);
+                    }
+                    Some(prediction) => {
+                        let context = QuantContext { prediction, class_of_key: &tables.class_of_key };
+                        dense::encode::<W>(old, new, &tables.classes, &context, first_word, out);
+                    }
+                }
             }
             (_, _, Some(tables)) => {
                 out.push(ChunkMode::Planes as u8);
                 planes::encode::<W>(new, tables, is_float, out);
-                if self.zstd_may_win::<W>(old, new, out.len() - start)? {
+                if self.zstd_may_win(old, new, out.len() - start)? {
                     let coded = out.split_off(start);
-                    self.elias::<W>(old, new, out)?;
+                    self.elias(old, new, out)?;
                     if coded.len() <= out.len() - start {
                         out.truncate(start);
                         out.extend_from_slice(&coded);
                     }
                 }
             }
-            _ => self.elias::<W>(old, new, out)?,
+            _ => self.elias(old, new, out)?,
         }
         if out.len() - start > new.len() + 1 {
             out.truncate(start);
@@ -238,24 +257,19 @@ impl ChunkEncoder<'_> {
         Ok(())
     }
 
-    fn elias<W: Word>(&self, old: &[u8], new: &[u8], out: &mut Vec<u8>) -> Result<(), CodecError> {
+    fn elias(&self, old: &[u8], new: &[u8], out: &mut Vec<u8>) -> Result<(), CodecError> {
         out.push(ChunkMode::EliasZstd as u8);
         elias::encode::<W>(old, new, self.spec, self.options.zstd_level, out)
     }
 
     /// Compress the first words of the segment's first such chunk and compare with the planes' share of them.
-    fn zstd_may_win<W: Word>(
-        &mut self,
-        old: &[u8],
-        new: &[u8],
-        planes_bytes: usize,
-    ) -> Result<bool, CodecError> {
+    fn zstd_may_win(&mut self, old: &[u8], new: &[u8], planes_bytes: usize) -> Result<bool, CodecError> {
         if let Some(known) = self.try_zstd {
             return Ok(known);
         }
         let probe = new.len().min(ZSTD_PROBE_WORDS * W::BYTES);
         let mut out = Vec::new();
-        self.elias::<W>(&old[..probe], &new[..probe], &mut out)?;
+        self.elias(&old[..probe], &new[..probe], &mut out)?;
         let wins = out.len() * new.len() < planes_bytes * probe;
         self.try_zstd = Some(wins);
         Ok(wins)

@@ -53,7 +53,7 @@ fn quotient_table(carry: u64) -> SymbolTable {
     let mut t = (65536 - carry) << 16;
     for f in &mut frequencies[..ESCAPE as usize] {
         *f = ((t >> 20) as u16).max(1);
-        t = t * carry >> 16;
+        t = (t * carry) >> 16;
     }
     frequencies[ESCAPE as usize] = (((t / (65536 - carry)) >> 4) as u16).max(1);
     let rest: u32 = frequencies[1..].iter().map(|&f| u32::from(f)).sum();

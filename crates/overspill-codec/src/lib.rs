@@ -18,9 +18,11 @@ mod elias;
 mod encode;
 mod error;
 mod gap;
+mod half;
 mod head;
 mod plan;
 mod planes;
+mod quant;
 mod rans;
 mod record;
 mod scan;
@@ -36,6 +38,7 @@ pub use chunk::ChunkMode;
 pub use dtype::{Dtype, FloatLayout};
 pub use encode::{CodecChoice, EncodeOptions, EncodedSegment, ModeCount, SegmentStats, encode_segment};
 pub use error::CodecError;
+pub use quant::{dequantize, quantize};
 pub use record::{ChunkRecord, RECORD_BYTES};
 pub use segment::{
     Base, BaseKind, PatchKind, QuantLayout, SEGMENT_WORDS, SegmentSpec, SegmentView, segments,

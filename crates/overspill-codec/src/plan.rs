@@ -15,13 +15,11 @@ pub(crate) struct Histogram {
     pub(crate) values: Vec<u32>,
     /// Raw bits of all values, signs not counted.
     pub(crate) raw_bits: u64,
-    /// Changed words.
-    pub(crate) changed: u64,
 }
 
 impl Histogram {
     pub(crate) fn new() -> Self {
-        Histogram { population: [0; 256], values: vec![0; 1 << 16], raw_bits: 0, changed: 0 }
+        Histogram { population: [0; 256], values: vec![0; 1 << 16], raw_bits: 0 }
     }
 }
 

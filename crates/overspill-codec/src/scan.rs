@@ -79,14 +79,8 @@ impl ValueMap {
 fn block_keys<W: Word>(words: &[u8], start: usize, count: usize, keys: KeyMap) -> [u8; BLOCK] {
     let mut block = [0u8; BLOCK];
     let bytes = &words[start * W::BYTES..(start + count) * W::BYTES];
-    if count == BLOCK {
-        for (key, word) in block.iter_mut().zip(bytes.chunks_exact(W::BYTES)) {
-            *key = keys.key(W::load(word));
-        }
-    } else {
-        for (key, word) in block.iter_mut().zip(bytes.chunks_exact(W::BYTES)) {
-            *key = keys.key(W::load(word));
-        }
+    for (key, word) in block.iter_mut().zip(bytes.chunks_exact(W::BYTES)) {
+        *key = keys.key(W::load(word));
     }
     block
 }

@@ -7,8 +7,11 @@
 use std::ops::Range;
 
 use crate::chunk::{ChunkMode, apply_payload};
+use crate::dense;
 use crate::head::Head;
+use crate::quant::{self, Prediction, QuantContext};
 use crate::record::{ChunkRecord, parse_records, payload_check};
+use crate::words::Word;
 use crate::{CodecError, Dtype, RECORD_BYTES};
 
 /// Most words in a segment. Longer tensors are cut into segments of exactly this many, the last one shorter.
@@ -225,6 +228,9 @@ impl<'a> SegmentView<'a> {
     /// come from a base that is not the one the patch was made for, or from bytes made to pass the check.
     pub fn apply_chunk(&self, chunk: usize, words: &mut [u8]) -> Result<(), CodecError> {
         self.check_len(chunk, words.len())?;
+        if matches!(self.spec.base, BaseKind::Quantized(_)) {
+            return Err(CodecError::Base { why: "a quantized base cannot be patched in place" });
+        }
         self.check_chunk(chunk)?;
         if self.spec.base == BaseKind::None {
             words.fill(0);
@@ -241,19 +247,43 @@ impl<'a> SegmentView<'a> {
         }
         self.check_len(chunk, out.len())?;
         base.check_len(self.chunk_words(chunk).len(), self.spec.dtype.word_bytes())?;
-        match base {
-            Base::Words(bytes) => out.copy_from_slice(bytes),
-            Base::None => {}
-            Base::Quantized(..) => {
-                return Err(CodecError::Base { why: "quantized bases are not supported yet" });
+        let Base::Quantized(layout, blocks) = base else {
+            if let Base::Words(bytes) = base {
+                out.copy_from_slice(bytes);
             }
+            return self.apply_chunk(chunk, out);
+        };
+        quant::check_dtype(self.spec.dtype)?;
+        self.check_chunk(chunk)?;
+        match self.spec.dtype.word_bytes() {
+            2 => self.decode_quantized::<u16>(chunk, layout, blocks, out),
+            _ => self.decode_quantized::<u32>(chunk, layout, blocks, out),
         }
-        self.apply_chunk(chunk, out)
+    }
+
+    fn decode_quantized<W: Word>(
+        &self,
+        chunk: usize,
+        layout: QuantLayout,
+        blocks: &[u8],
+        out: &mut [u8],
+    ) -> Result<(), CodecError> {
+        let prediction = Prediction::<W>::new(layout, blocks, self.spec.dtype);
+        out.copy_from_slice(&prediction.words);
+        let (payload, first_word) = (self.payload(chunk), self.chunk_words(chunk).start);
+        if let (ChunkMode::Dense, Some(tables)) = (ChunkMode::of(payload)?, &self.head.dense) {
+            let context = QuantContext { prediction: &prediction, class_of_key: &tables.class_of_key };
+            return dense::apply::<W>(&payload[1..], &tables.classes, &context, out);
+        }
+        apply_payload(payload, &self.head, &self.spec, first_word, out)
     }
 
     /// Turn the base's words of the whole segment into the final ones, in place, chunk after chunk.
     pub fn apply(&self, words: &mut [u8]) -> Result<(), CodecError> {
         self.check_segment_len(words.len())?;
+        if matches!(self.spec.base, BaseKind::Quantized(_)) {
+            return Err(CodecError::Base { why: "a quantized base cannot be patched in place" });
+        }
         if self.chunks() == 0 && self.spec.base == BaseKind::None {
             words.fill(0);
         }
@@ -271,8 +301,8 @@ impl<'a> SegmentView<'a> {
             match base {
                 Base::None => out.fill(0),
                 Base::Words(bytes) => out.copy_from_slice(bytes),
-                Base::Quantized(..) => {
-                    return Err(CodecError::Base { why: "quantized bases are not supported yet" });
+                Base::Quantized(layout, blocks) => {
+                    out.copy_from_slice(&quant::dequantize(layout, blocks, self.spec.dtype)?);
                 }
             }
         }

@@ -4,6 +4,7 @@ use crate::classes::KeyMap;
 use crate::gap;
 use crate::head::HeadPlan;
 use crate::plan::{self, Histogram};
+use crate::quant::Prediction;
 use crate::scan::ValueMap;
 use crate::segment::{BaseKind, SegmentSpec};
 use crate::values::{sign_magnitude, split_magnitude, split_word};
@@ -39,10 +40,20 @@ pub(crate) struct Survey {
 
 impl Survey {
     /// Compare `old` and `new`.
-    pub(crate) fn of<W: Word>(old: &[u8], new: &[u8], spec: &SegmentSpec) -> Self {
+    pub(crate) fn of<W: Word>(
+        old: &[u8],
+        prediction: Option<&Prediction<W>>,
+        new: &[u8],
+        spec: &SegmentSpec,
+    ) -> Self {
         let (keys, map) = sparse::maps(spec);
         let grains = vec![0; spec.words.div_ceil(1 << GRAIN_LOG2)];
         let mut survey = Survey { grains, histogram: None, rows_changed: 0 };
+        if let Some(prediction) = prediction {
+            survey.count_grains::<W>(old, new);
+            survey.histogram = Some(residuals(prediction, new));
+            return survey;
+        }
         if !map.is_step {
             survey.count_grains::<W>(old, new);
             if is_dense(survey.changed(), spec.words) {
@@ -88,7 +99,6 @@ impl Survey {
             self.rows_changed += u64::from(!row_counted);
             row_counted = true;
         });
-        histogram.changed = self.changed();
         count_keys::<W>(old, keys, &mut histogram.population);
         self.histogram = Some(histogram);
     }
@@ -115,7 +125,8 @@ impl Survey {
         let (_, map) = sparse::maps(spec);
         let rows = self.row_context(spec);
         let coded_share = rows.map_or(1.0, |(_, share)| share);
-        if !is_dense(self.changed(), spec.words) {
+        let quantized = matches!(spec.base, BaseKind::Quantized(_));
+        if !is_dense(self.changed(), spec.words) && !quantized {
             let (classes, bits) = plan::sparse(histogram, coded_share, map.is_step);
             let words = PAYLOAD_TARGET_BITS * spec.words as f64 / bits;
             head.chunk_log2 = (words.log2() as u32).clamp(GRAIN_LOG2, LARGEST_LOG2);
@@ -124,7 +135,8 @@ impl Survey {
         let chunk_words = 1usize << head.chunk_log2;
         let words_of = |chunk: usize| chunk_words.min(spec.words - chunk * chunk_words);
         let chunks = 0..spec.words.div_ceil(chunk_words);
-        let is_sparse = |chunk: usize| !is_dense(self.changed_in(chunk, head.chunk_log2), words_of(chunk));
+        let is_sparse =
+            |chunk: usize| !quantized && !is_dense(self.changed_in(chunk, head.chunk_log2), words_of(chunk));
         if head.sparse.is_none() && chunks.clone().any(is_sparse) {
             head.sparse =
                 Some((rows.map(|(rate, _)| rate), plan::sparse(histogram, coded_share, map.is_step).0));
@@ -156,6 +168,22 @@ impl Survey {
         let cost = gap::cost_bits(self.rows_changed as f64, rows, rate) + 32.0;
         (saved > cost).then_some((rate, share))
     }
+}
+
+/// Every word's residual against a prediction. One that is not zero counts as changed.
+fn residuals<W: Word>(prediction: &Prediction<W>, new: &[u8]) -> Histogram {
+    let mut histogram = Histogram::new();
+    for (position, &key) in prediction.keys.iter().enumerate() {
+        let (base, word) = (word_at::<W>(&prediction.words, position), word_at::<W>(new, position));
+        let (symbol, raw_bits, _) =
+            split_magnitude::<W>(sign_magnitude(prediction.residual(position, base, word)).1);
+        histogram.population[usize::from(key)] += 1;
+        if symbol != 0 {
+            histogram.values[usize::from(key) << 8 | usize::from(symbol)] += 1;
+            histogram.raw_bits += u64::from(raw_bits);
+        }
+    }
+    histogram
 }
 
 /// Count keys, by sample where there are many words; sampled counts are scaled up.

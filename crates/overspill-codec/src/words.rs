@@ -25,10 +25,6 @@ pub(crate) trait Word: Copy + Eq + Default + Send + Sync + 'static {
     fn sub(self, other: Self) -> Self;
     /// The float order map and, because it is an involution, its inverse.
     fn flip_order(self) -> Self;
-    /// The two's complement difference as 0, -1, 1, -2, 2, ... -> 0, 1, 2, 3, 4, ...
-    fn zigzag(self) -> Self;
-    /// Inverse of [`Word::zigzag`].
-    fn unzigzag(self) -> Self;
     /// Rotate left by one: a float's sign moves below its magnitude.
     fn rotl1(self) -> Self;
     /// Inverse of [`Word::rotl1`].
@@ -70,14 +66,6 @@ macro_rules! word {
             #[inline(always)]
             fn flip_order(self) -> Self {
                 self ^ (((self as $signed >> (<$unsigned>::BITS - 1)) as $unsigned) >> 1)
-            }
-            #[inline(always)]
-            fn zigzag(self) -> Self {
-                (self << 1) ^ ((self as $signed >> (<$unsigned>::BITS - 1)) as $unsigned)
-            }
-            #[inline(always)]
-            fn unzigzag(self) -> Self {
-                (self >> 1) ^ (0 as $unsigned).wrapping_sub(self & 1)
             }
             #[inline(always)]
             fn rotl1(self) -> Self {
@@ -140,10 +128,8 @@ mod tests {
         assert_eq!(0x8000_0000u32.flip_order() as i32, -1);
         for pattern in 0..=u16::MAX {
             assert_eq!(pattern.flip_order().flip_order(), pattern);
-            assert_eq!(pattern.zigzag().unzigzag(), pattern);
             let order = OrderMap { is_float: true };
             assert_eq!(order.apply(0x3f80u16, order.step(0x3f80u16, pattern)), pattern);
         }
-        assert_eq!((-3i16 as u16).zigzag(), 5);
     }
 }

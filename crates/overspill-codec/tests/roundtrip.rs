@@ -3,8 +3,7 @@
 use overspill_codec::*;
 use proptest::prelude::*;
 
-fn roundtrip(base: Option<&[u8]>, new: &[u8], dtype: Dtype, options: EncodeOptions) {
-    let source = base.map_or(Base::None, Base::Words);
+fn roundtrip(source: Base<'_>, new: &[u8], dtype: Dtype, options: EncodeOptions) -> SegmentStats {
     let encoded = encode_segment(source, new, dtype, &options).expect("encode");
     let spec = SegmentSpec {
         dtype,
@@ -21,13 +20,21 @@ fn roundtrip(base: Option<&[u8]>, new: &[u8], dtype: Dtype, options: EncodeOptio
     let mut out = vec![0xa5; new.len()];
     view.decode(source, &mut out).expect("decode");
     assert!(out == new, "{} out of place", dtype.name());
-    let mut words = base.map_or_else(|| vec![0x5a; new.len()], <[u8]>::to_vec);
+    let mut words = match source {
+        Base::None => vec![0x5a; new.len()],
+        Base::Words(bytes) => bytes.to_vec(),
+        Base::Quantized(..) => {
+            assert!(view.apply(&mut out).is_err(), "blocks cannot be patched in place");
+            return encoded.stats;
+        }
+    };
     view.apply(&mut words).expect("apply");
     assert!(words == new, "{} in place", dtype.name());
     if options.kind == PatchKind::Absolute {
         view.apply(&mut words).expect("apply twice");
         assert!(words == new, "{} twice", dtype.name());
     }
+    encoded.stats
 }
 
 proptest! {
@@ -57,8 +64,84 @@ proptest! {
                 row_words: 100,
                 ..EncodeOptions::default()
             };
-            roundtrip(Some(&base), &new, dtype, options);
-            roundtrip(None, &new, dtype, options);
+            roundtrip(Base::Words(&base), &new, dtype, options);
+            roundtrip(Base::None, &new, dtype, options);
         }
+    }
+}
+
+/// Weights near a float scale, as bf16, f16 or f32 words.
+fn weights(rng: &mut fastrand::Rng, count: usize, dtype: Dtype) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for _ in 0..count {
+        let normal = (0..6).map(|_| rng.f32()).sum::<f32>() / 3.0 - 1.0;
+        let bits = (normal * 0.1).to_bits();
+        match dtype {
+            Dtype::F32 => bytes.extend_from_slice(&bits.to_le_bytes()),
+            _ => bytes.extend_from_slice(&((bits >> 16) as u16).to_le_bytes()),
+        }
+    }
+    bytes
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+    #[test]
+    fn quantized_bases_come_back(seed in any::<u64>(), blocks in 1usize..200, noise in any::<bool>()) {
+        for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
+            for layout in [QuantLayout::Q4_0, QuantLayout::Q4_1, QuantLayout::Q8_0] {
+                let mut rng = fastrand::Rng::with_seed(seed);
+                let mut new = weights(&mut rng, blocks * 32, dtype);
+                let mut base = quantize(layout, &new, dtype).unwrap();
+                if noise {
+                    base.fill_with(|| rng.u8(..));
+                    new[..16].fill_with(|| rng.u8(..));
+                }
+                roundtrip(Base::Quantized(layout, &base), &new, dtype, EncodeOptions::default());
+                let exact = dequantize(layout, &base, dtype).unwrap();
+                let stats = roundtrip(Base::Quantized(layout, &base), &exact, dtype, EncodeOptions::default());
+                prop_assert_eq!(stats.changed, 0);
+            }
+        }
+    }
+}
+
+/// Segments large enough for several chunks, dense classes and row context, of every kind of change.
+#[test]
+fn large_segments_use_every_mode() {
+    let mut seen = [0u64; ChunkMode::ALL.len()];
+    for seed in 0..12u64 {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let dtype = if seed % 3 == 0 { Dtype::F32 } else { Dtype::Bf16 };
+        let words = 300_000 + rng.usize(..5000);
+        let base = weights(&mut rng, words, dtype);
+        let mut new = base.clone();
+        let width = dtype.word_bytes();
+        let (row, live_rows) = (384, if seed % 2 == 0 { 0.1 } else { 1.0 });
+        let share = [0.004, 0.1, 0.5][seed as usize % 3];
+        let mut live = true;
+        for (i, word) in new.chunks_exact_mut(width).enumerate() {
+            if i % row == 0 {
+                live = rng.f64() < live_rows;
+            }
+            let step = rng.u8(..20) / 10 + 1;
+            if live && rng.f64() < share && (seed < 8 || i < words / 3) {
+                word[0] = if rng.bool() { word[0].wrapping_add(step) } else { word[0].wrapping_sub(step) };
+            }
+        }
+        for kind in [PatchKind::Relative, PatchKind::Absolute] {
+            for (source, first_word) in [(Base::Words(&base), 0), (Base::Words(&base), 1000), (Base::None, 0)]
+            {
+                let options =
+                    EncodeOptions { kind, row_words: row as u64, first_word, ..EncodeOptions::default() };
+                let stats = roundtrip(source, &new, dtype, options);
+                for (seen, mode) in seen.iter_mut().zip(stats.modes) {
+                    *seen += mode.chunks;
+                }
+            }
+        }
+    }
+    for mode in [ChunkMode::Zero, ChunkMode::Sparse, ChunkMode::Dense, ChunkMode::Planes] {
+        assert!(seen[mode as usize] > 0, "{} was never chosen", mode.name());
     }
 }
