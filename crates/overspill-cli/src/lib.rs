@@ -1,2 +1,67 @@
 #![forbid(unsafe_code)]
-//! See `ARCHITECTURE.md` for the place of this crate.
+//! The `overspill` commands, as a library: the torch-free program and the wheel's entry point both call [`run`].
+//!
+//! One module a command family. Exit codes: 0 done, 1 bad data or a failed operation, 2 misuse. Results go to
+//! standard output, progress and one-line errors to standard error.
+
+mod bar;
+mod table;
+mod tpde;
+
+use std::ffi::OsString;
+
+use clap::{Parser, Subcommand};
+
+/// Train, load and serve more than the GPU's memory holds.
+#[derive(Debug, Parser)]
+#[command(name = "overspill", version, propagate_version = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Weights as lossless deltas: pack, apply, verify, inspect and compare checkpoints.
+    Tpde(tpde::Args),
+}
+
+/// How a command ended without doing its job.
+#[derive(Debug)]
+enum Failure {
+    /// Asked for something that makes no sense: exit code 2.
+    Misuse(String),
+    /// Bad data, or the system refused: exit code 1.
+    Failed(String),
+}
+
+impl From<overspill_tpde::Error> for Failure {
+    fn from(error: overspill_tpde::Error) -> Self {
+        match error {
+            overspill_tpde::Error::Misuse { what } => Failure::Misuse(what),
+            error => Failure::Failed(error.to_string()),
+        }
+    }
+}
+
+/// Runs the command line `args`, program name first, and returns the exit code.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are answers, not errors; clap knows which stream and code each has.
+            let _ = error.print();
+            return error.exit_code() as u8;
+        }
+    };
+    let outcome = match cli.command {
+        Command::Tpde(args) => tpde::run(args),
+    };
+    let (code, message) = match outcome {
+        Ok(()) => return 0,
+        Err(Failure::Failed(message)) => (1, message),
+        Err(Failure::Misuse(message)) => (2, message),
+    };
+    eprintln!("overspill: {}", message.replace('\n', " "));
+    code
+}

@@ -20,6 +20,7 @@ mod error;
 mod gap;
 mod half;
 mod head;
+mod measure;
 mod plan;
 mod planes;
 mod quant;
@@ -38,6 +39,7 @@ pub use chunk::ChunkMode;
 pub use dtype::{Dtype, FloatLayout};
 pub use encode::{CodecChoice, EncodeOptions, EncodedSegment, ModeCount, SegmentStats, encode_segment};
 pub use error::CodecError;
+pub use measure::{SegmentSizes, measure_segment};
 pub use quant::{dequantize, quantize};
 pub use record::{ChunkRecord, RECORD_BYTES};
 pub use segment::{

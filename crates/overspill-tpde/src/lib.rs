@@ -1,2 +1,46 @@
 #![forbid(unsafe_code)]
-//! See `ARCHITECTURE.md` for the place of this crate.
+//! Weights as lossless deltas to a base: checkpoints in, `.tpde` patches out, and back, bit for bit.
+//!
+//! | module | job |
+//! |---|---|
+//! | [`checkpoint`] | tensors of safetensors files (one or sharded), GGUF bases, or memory |
+//! | [`state`] | content ids of states |
+//! | [`container`] | the `.tpde` file: a safetensors file of four sections |
+//! | [`pack`], [`apply`], [`verify`], [`inspect`], [`diff`] | the operations |
+//!
+//! The codec itself is `overspill-codec`; this crate owns files, memory bounds, threads and authentication.
+//! Every operation streams by segment and keeps within [`Options::memory_bytes`]. Outputs are written beside
+//! their target and renamed when they are complete, on disk and checked. It knows no command line, no Python
+//! and no device.
+
+mod apply;
+pub mod checkpoint;
+pub mod container;
+mod diff;
+mod error;
+mod gguf;
+mod inspect;
+mod manifest;
+mod output;
+mod pack;
+mod safetensors;
+pub mod state;
+mod store;
+mod verify;
+mod work;
+
+pub use apply::{apply, apply_into};
+pub use checkpoint::{Checkpoint, Kind, Tensor};
+pub use container::{Patch, PatchType};
+pub use diff::{Change, Diff, TensorDiff, diff};
+pub use error::Error;
+pub use inspect::{Inspection, TensorReport, inspect, mode_names};
+pub use manifest::{Entry, Manifest};
+pub use overspill_codec::{CodecChoice, Dtype};
+pub use pack::{PackOptions, PackReport, pack, pack_to_vec};
+pub use state::{StateId, state_id};
+pub use verify::{Verification, verify};
+pub use work::{Options, Progress};
+
+/// What the operations of this crate return.
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,67 @@
+//! Where bytes lie: a file, read by ranges, or memory, borrowed.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use crate::{Error, Result};
+
+/// A run of bytes that can be read at any offset from many threads.
+#[derive(Debug)]
+pub(crate) struct Store<'a> {
+    path: PathBuf,
+    bytes: Bytes<'a>,
+}
+
+#[derive(Debug)]
+enum Bytes<'a> {
+    File { file: File, len_bytes: u64 },
+    Memory(&'a [u8]),
+}
+
+impl<'a> Store<'a> {
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(Error::io(path, "open"))?;
+        let meta = file.metadata().map_err(Error::io(path, "read the size"))?;
+        if !meta.is_file() {
+            return Err(Error::format(path, "not a file"));
+        }
+        Ok(Store { path: path.to_owned(), bytes: Bytes::File { file, len_bytes: meta.len() } })
+    }
+
+    pub fn memory(label: &Path, bytes: &'a [u8]) -> Self {
+        Store { path: label.to_owned(), bytes: Bytes::Memory(bytes) }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn len_bytes(&self) -> u64 {
+        match &self.bytes {
+            Bytes::File { len_bytes, .. } => *len_bytes,
+            Bytes::Memory(bytes) => bytes.len() as u64,
+        }
+    }
+
+    /// `bytes` bytes from `offset_bytes`: borrowed from memory, or read into `scratch`.
+    pub fn read<'b>(&'b self, offset_bytes: u64, bytes: usize, scratch: &'b mut Vec<u8>) -> Result<&'b [u8]> {
+        let inside = offset_bytes.checked_add(bytes as u64).is_some_and(|end| end <= self.len_bytes());
+        if !inside {
+            return Err(Error::at(&self.path, offset_bytes, format!("ends before {bytes} bytes more")));
+        }
+        match &self.bytes {
+            Bytes::Memory(all) => Ok(&all[offset_bytes as usize..offset_bytes as usize + bytes]),
+            Bytes::File { file, .. } => {
+                scratch.resize(bytes, 0);
+                file.read_exact_at(scratch, offset_bytes).map_err(Error::io(&self.path, "read"))?;
+                Ok(scratch)
+            }
+        }
+    }
+
+    /// Like [`Store::read`], owned.
+    pub fn read_vec(&self, offset_bytes: u64, bytes: usize) -> Result<Vec<u8>> {
+        self.read(offset_bytes, bytes, &mut Vec::new()).map(<[u8]>::to_vec)
+    }
+}
