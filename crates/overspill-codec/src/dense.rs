@@ -72,9 +72,7 @@ pub(crate) fn apply<W: Word>(
         };
         set_word(words, i, context.word(i, base, step));
     }
-    if !decoder.rest().is_empty() || decoder.states.iter().any(|&state| state != STATE_LOW) {
-        return Err(bad("symbols left over"));
-    }
+    decoder.finish()?;
     if raw.bytes_read() != body.len() {
         return Err(bad("bytes left over"));
     }

@@ -21,27 +21,59 @@ pub(crate) struct PlanePlan {
     pub(crate) bits_per_word: f64,
 }
 
+/// Words in every [`SAMPLE_STRIDE`]-th run of this many are looked at to rule planes out.
+const SAMPLE_WORDS: usize = 1024;
+const SAMPLE_STRIDE: usize = 16;
+/// A plane is entropy-coded if that takes less than this of its bytes.
+const WORTHWHILE: f64 = 0.98;
+
 /// Choose tables for `words`.
 pub(crate) fn plan<W: Word>(words: &[u8], is_float: bool) -> PlanePlan {
-    let mut counts = vec![[0u64; MAX_SYMBOLS]; W::BYTES];
     let total = words.len() / W::BYTES;
-    for word in words.chunks_exact(W::BYTES) {
-        let value = rotate::<W>(W::load(word), is_float).to_u64();
-        for (plane, counts) in counts.iter_mut().enumerate() {
-            counts[(value >> (W::BITS - 8 - 8 * plane as u32)) as usize & 0xff] += 1;
+    let mut plan = PlanePlan { frequencies: Vec::new(), bits_per_word: 0.0 };
+    for plane in 0..W::BYTES {
+        let runs = words.chunks(SAMPLE_WORDS * W::BYTES);
+        let sample = count_bytes::<W>(runs.clone().step_by(SAMPLE_STRIDE), plane, is_float);
+        let fitted = if entropy_bits(&sample) < WORTHWHILE * 8.0 {
+            let (frequencies, bits) = Frequencies::fit(&count_bytes::<W>(runs, plane, is_float));
+            Some((frequencies, bits / total as f64)).filter(|(_, bits)| *bits < WORTHWHILE * 8.0)
+        } else {
+            None
+        };
+        plan.bits_per_word += fitted.as_ref().map_or(8.0, |(_, bits)| *bits);
+        plan.frequencies.push(fitted.map(|(frequencies, _)| frequencies));
+    }
+    plan
+}
+
+/// How often each byte occurs in a plane of some runs of words.
+fn count_bytes<'a, W: Word>(
+    runs: impl Iterator<Item = &'a [u8]>,
+    plane: usize,
+    is_float: bool,
+) -> [u64; 256] {
+    let shift = plane_shift::<W>(plane);
+    // Four tables, so that equal neighbours do not wait for each other.
+    let mut tables = [[0u32; MAX_SYMBOLS]; 4];
+    for run in runs {
+        for (i, word) in run.chunks_exact(W::BYTES).enumerate() {
+            let value = rotate::<W>(W::load(word), is_float).to_u64();
+            tables[i % 4][(value >> shift) as usize & 0xff] += 1;
         }
     }
-    let mut bits_per_word = 0.0;
-    let frequencies = counts
-        .iter()
-        .map(|counts| {
-            let (fitted, bits) = Frequencies::fit(counts);
-            let pays = bits < 0.98 * 8.0 * total as f64;
-            bits_per_word += if pays { bits / total as f64 } else { 8.0 };
-            pays.then_some(fitted)
-        })
-        .collect();
-    PlanePlan { frequencies, bits_per_word }
+    std::array::from_fn(|byte| tables.iter().map(|table| u64::from(table[byte])).sum())
+}
+
+/// Entropy of one symbol, in bits.
+fn entropy_bits(counts: &[u64]) -> f64 {
+    let total = counts.iter().sum::<u64>() as f64;
+    let used = counts.iter().filter(|&&count| count > 0);
+    used.map(|&count| count as f64 / total).map(|p| -p * p.log2()).sum()
+}
+
+/// Where a plane's byte lies in a rotated word.
+fn plane_shift<W: Word>(plane: usize) -> u32 {
+    W::BITS - 8 - 8 * plane as u32
 }
 
 /// Write the head's plane tables: per plane bit 1 and a frequency table, or bit 0.
@@ -73,7 +105,7 @@ pub(crate) fn encode<W: Word>(words: &[u8], tables: &PlaneTables, is_float: bool
     let count = words.len() / W::BYTES;
     let mut plane = vec![0u8; count];
     for (index, table) in tables.iter().enumerate() {
-        let shift = W::BITS - 8 - 8 * index as u32;
+        let shift = plane_shift::<W>(index);
         for (byte, word) in plane.iter_mut().zip(words.chunks_exact(W::BYTES)) {
             *byte = (rotate::<W>(W::load(word), is_float).to_u64() >> shift) as u8;
         }

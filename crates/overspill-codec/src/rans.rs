@@ -112,6 +112,15 @@ pub(crate) fn encode_step(state: &mut u32, (start, frequency): (u16, u16)) -> Op
     word
 }
 
+/// Entropy-code bytes on 32 lanes with one table: states, then words.
+pub(crate) fn encode_bytes(bytes: &[u8], table: &SymbolTable, out: &mut Vec<u8>) {
+    let mut encoder = Encoder::default();
+    for &byte in bytes {
+        encoder.push(table, byte.into());
+    }
+    encoder.finish(&[STATE_LOW; MAX_LANES], out);
+}
+
 /// Decodes symbols in order from lanes over one word stream.
 pub(crate) struct Decoder<'a> {
     pub(crate) states: [u32; MAX_LANES],
@@ -159,6 +168,27 @@ impl<'a> Decoder<'a> {
         }
         *state = x;
         Ok(slot as u8)
+    }
+
+    /// The next `bytes.len()` symbols of one table.
+    pub(crate) fn bytes(&mut self, table: &SymbolTable, bytes: &mut [u8]) -> Result<(), CodecError> {
+        for byte in bytes {
+            *byte = self.symbol(table)?;
+        }
+        Ok(())
+    }
+
+    /// Go on behind whole groups of 32 symbols that were decoded elsewhere, with `words` left.
+    pub(crate) fn resume_at(&mut self, words: &'a [u8]) {
+        self.words = words;
+    }
+
+    /// Check that everything was read and that the lanes ended where the encoder started them.
+    pub(crate) fn finish(&self) -> Result<(), CodecError> {
+        if !self.words.is_empty() || self.states.iter().any(|&state| state != STATE_LOW) {
+            return Err(CodecError::malformed("rANS stream", "symbols left over"));
+        }
+        Ok(())
     }
 
     /// What follows the words read so far.

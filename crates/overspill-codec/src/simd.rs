@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use crate::CodecError;
 use crate::classes::KeyMap;
-use crate::rans::{Decoder, Encoder, MAX_LANES, STATE_LOW, SymbolTable};
+use crate::rans::{self, Decoder, MAX_LANES, SymbolTable};
 use crate::scan::{self, BlockOps, ClassEvents, Portable, ValueMap};
 use crate::words::Word;
 
@@ -79,6 +79,178 @@ mod avx2 {
     pub(super) fn for_each_change<W: Word>(old: &[u8], new: &[u8], visit: impl FnMut(usize)) {
         scan::for_each_change::<W, Avx2>(old, new, visit);
     }
+
+    /// Per set of lanes (bit mask): which element of a packed run goes to each lane.
+    static EXPAND: [[u32; 8]; 256] = {
+        let mut table = [[0u32; 8]; 256];
+        let mut mask = 0;
+        while mask < 256 {
+            let (mut lane, mut next) = (0, 0);
+            while lane < 8 {
+                table[mask][lane] = next;
+                next += (mask >> lane & 1) as u32;
+                lane += 1;
+            }
+            mask += 1;
+        }
+        table
+    };
+
+    /// Per set of lanes: the lanes of the set, in order, first.
+    static COMPRESS: [[u32; 8]; 256] = {
+        let mut table = [[0u32; 8]; 256];
+        let mut mask = 0;
+        while mask < 256 {
+            let (mut lane, mut next) = (0, 0);
+            while lane < 8 {
+                if mask >> lane & 1 == 1 {
+                    table[mask][next] = lane as u32;
+                    next += 1;
+                }
+                lane += 1;
+            }
+            mask += 1;
+        }
+        table
+    };
+
+    #[target_feature(enable = "avx2")]
+    fn load8(values: &[u32; 8]) -> __m256i {
+        // SAFETY: an unaligned load of exactly the 32 bytes of the array.
+        unsafe { _mm256_loadu_si256(values.as_ptr().cast()) }
+    }
+
+    #[target_feature(enable = "avx2")]
+    fn store8(values: &mut [u32; 8], vector: __m256i) {
+        // SAFETY: an unaligned store of exactly the 32 bytes of the array.
+        unsafe { _mm256_storeu_si256(values.as_mut_ptr().cast(), vector) }
+    }
+
+    /// Decode whole groups of 32 symbols while the words of a group and the 8 of an overhanging load are left.
+    /// Returns how many bytes were written; the decoder stands behind them.
+    #[target_feature(enable = "avx2,bmi1,bmi2,popcnt,lzcnt")]
+    pub(super) fn decode_groups(decoder: &mut Decoder<'_>, table: &SymbolTable, bytes: &mut [u8]) -> usize {
+        let slots: &[u32; rans::PROB_TOTAL as usize] = (&*table.slots).try_into().expect("4096 slots");
+        let mut states = [_mm256_setzero_si256(); 4];
+        for (vector, lanes) in states.iter_mut().zip(decoder.states.as_chunks::<8>().0) {
+            *vector = load8(lanes);
+        }
+        let slot_mask = _mm256_set1_epi32(rans::PROB_TOTAL as i32 - 1);
+        let (byte_mask, one, zero) = (_mm256_set1_epi32(0xff), _mm256_set1_epi32(1), _mm256_setzero_si256());
+        let mut words = decoder.rest();
+        let mut done = 0;
+        for group in bytes.as_chunks_mut::<32>().0 {
+            if words.len() < 2 * (32 + 8) {
+                break;
+            }
+            let mut symbols = [zero; 4];
+            for (x, symbols) in states.iter_mut().zip(&mut symbols) {
+                let slot = _mm256_and_si256(*x, slot_mask);
+                // SAFETY: every index is below 4096, the length of `slots`.
+                let entry = unsafe { _mm256_i32gather_epi32::<4>(slots.as_ptr().cast(), slot) };
+                *symbols = _mm256_and_si256(entry, byte_mask);
+                let frequency = _mm256_and_si256(_mm256_srli_epi32::<8>(entry), slot_mask);
+                let frequency = _mm256_add_epi32(frequency, one);
+                let high = _mm256_srli_epi32::<{ rans::PROB_BITS as i32 }>(*x);
+                let bias = _mm256_srli_epi32::<20>(entry);
+                let next = _mm256_add_epi32(_mm256_mullo_epi32(frequency, high), bias);
+                let low = _mm256_cmpeq_epi32(_mm256_srli_epi32::<16>(next), zero);
+                let mask = _mm256_movemask_ps(_mm256_castsi256_ps(low)) as usize;
+                let run: &[u8; 16] =
+                    words.first_chunk().expect("8 words beyond the group's own, checked above");
+                // SAFETY: an unaligned load of exactly the 16 bytes of `run`.
+                let run = unsafe { _mm_loadu_si128(run.as_ptr().cast()) };
+                let spread = _mm256_permutevar8x32_epi32(_mm256_cvtepu16_epi32(run), load8(&EXPAND[mask]));
+                let filled = _mm256_or_si256(_mm256_slli_epi32::<16>(next), spread);
+                *x = _mm256_blendv_epi8(next, filled, low);
+                words = &words[2 * mask.count_ones() as usize..];
+            }
+            let low = _mm256_packus_epi32(symbols[0], symbols[1]);
+            let high = _mm256_packus_epi32(symbols[2], symbols[3]);
+            let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            let packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
+            // SAFETY: an unaligned store of exactly the 32 bytes of `group`.
+            unsafe { _mm256_storeu_si256(group.as_mut_ptr().cast(), packed) };
+            done += 32;
+        }
+        for (vector, lanes) in states.iter().zip(decoder.states.as_chunks_mut::<8>().0) {
+            store8(lanes, *vector);
+        }
+        decoder.resume_at(words);
+        done
+    }
+
+    /// As [`rans::encode_bytes`]. Words are collected from the back of a buffer that holds one a symbol.
+    #[target_feature(enable = "avx2,bmi1,bmi2,popcnt,lzcnt")]
+    pub(super) fn encode_bytes(bytes: &[u8], table: &SymbolTable, out: &mut Vec<u8>) {
+        let mut ranges = [0u32; 256];
+        for (packed, &(start, frequency)) in ranges.iter_mut().zip(&table.ranges) {
+            *packed = u32::from(start) | u32::from(frequency) << 16;
+        }
+        let (groups, tail) = bytes.as_chunks::<32>();
+        let mut lanes = [rans::STATE_LOW; MAX_LANES];
+        let mut words = vec![0u16; bytes.len()];
+        let mut first = words.len();
+        for (lane, &byte) in tail.iter().enumerate().rev() {
+            if let Some(word) = rans::encode_step(&mut lanes[lane], table.ranges[usize::from(byte)]) {
+                first -= 1;
+                words[first] = word;
+            }
+        }
+        let mut states = [_mm256_setzero_si256(); 4];
+        for (vector, lanes) in states.iter_mut().zip(lanes.as_chunks::<8>().0) {
+            *vector = load8(lanes);
+        }
+        let low_half = _mm256_set1_epi32(0xffff);
+        for group in groups.iter().rev() {
+            for (x, symbols) in states.iter_mut().zip(group.as_chunks::<8>().0).rev() {
+                // SAFETY: a load of exactly the 8 bytes of `symbols`.
+                let symbols = unsafe { _mm_loadl_epi64(symbols.as_ptr().cast()) };
+                let index = _mm256_cvtepu8_epi32(symbols);
+                // SAFETY: every index is a byte and `ranges` has 256 entries.
+                let entry = unsafe { _mm256_i32gather_epi32::<4>(ranges.as_ptr().cast(), index) };
+                let (start, frequency) = (_mm256_and_si256(entry, low_half), _mm256_srli_epi32::<16>(entry));
+                // A word goes out where x >= frequency << 20.
+                let keep = _mm256_cmpgt_epi32(frequency, _mm256_srli_epi32::<20>(*x));
+                let mask = !_mm256_movemask_ps(_mm256_castsi256_ps(keep)) as usize & 0xff;
+                let run = _mm256_permutevar8x32_epi32(_mm256_and_si256(*x, low_half), load8(&COMPRESS[mask]));
+                let run = _mm_packus_epi32(_mm256_castsi256_si128(run), _mm256_extracti128_si256::<1>(run));
+                let mut packed = [0u16; 8];
+                // SAFETY: an unaligned store of exactly the 16 bytes of `packed`.
+                unsafe { _mm_storeu_si128(packed.as_mut_ptr().cast(), run) };
+                let count = mask.count_ones() as usize;
+                first -= count;
+                words[first..first + count].copy_from_slice(&packed[..count]);
+                let x_now = _mm256_blendv_epi8(_mm256_srli_epi32::<16>(*x), *x, keep);
+                let quotient = divide(x_now, frequency);
+                let remainder = _mm256_sub_epi32(x_now, _mm256_mullo_epi32(quotient, frequency));
+                let high = _mm256_slli_epi32::<{ rans::PROB_BITS as i32 }>(quotient);
+                *x = _mm256_add_epi32(_mm256_add_epi32(high, remainder), start);
+            }
+        }
+        for (vector, lanes) in states.iter().zip(lanes.as_chunks_mut::<8>().0) {
+            store8(lanes, *vector);
+        }
+        for state in lanes {
+            out.extend_from_slice(&state.to_le_bytes());
+        }
+        out.extend(words[first..].iter().flat_map(|word| word.to_le_bytes()));
+    }
+
+    /// x / f per lane for 1 <= f <= 4096 and x < f << 20. The float estimate is at most one off: halving x loses at
+    /// most 1/f of the quotient, which is below 2^20, and the roundings less than 2^-22 of it.
+    #[target_feature(enable = "avx2")]
+    fn divide(x: __m256i, f: __m256i) -> __m256i {
+        let half = _mm256_cvtepi32_ps(_mm256_srli_epi32::<1>(x));
+        let estimate = _mm256_div_ps(_mm256_add_ps(half, half), _mm256_cvtepi32_ps(f));
+        let quotient = _mm256_cvttps_epi32(estimate);
+        let remainder = _mm256_sub_epi32(x, _mm256_mullo_epi32(quotient, f));
+        let below = _mm256_cmpgt_epi32(_mm256_setzero_si256(), remainder);
+        let quotient = _mm256_add_epi32(quotient, below);
+        let remainder = _mm256_add_epi32(remainder, _mm256_and_si256(below, f));
+        let inside = _mm256_cmpgt_epi32(f, remainder);
+        _mm256_add_epi32(quotient, _mm256_add_epi32(inside, _mm256_set1_epi32(1)))
+    }
 }
 
 /// [`scan::apply_events`] with the fastest operations there are.
@@ -126,21 +298,90 @@ pub(crate) fn for_each_change<W: Word>(old: &[u8], new: &[u8], visit: impl FnMut
 
 /// Entropy-code bytes on 32 lanes: states, then words. Every byte has a frequency in `table`.
 pub(crate) fn encode_bytes(bytes: &[u8], table: &SymbolTable, out: &mut Vec<u8>) {
-    let mut encoder = Encoder::default();
-    for &byte in bytes {
-        encoder.push(table, byte.into());
+    #[cfg(target_arch = "x86_64")]
+    if avx2::available() {
+        // SAFETY: the processor has the features that the function enables.
+        return unsafe { avx2::encode_bytes(bytes, table, out) };
     }
-    encoder.finish(&[STATE_LOW; MAX_LANES], out);
+    rans::encode_bytes(bytes, table, out);
 }
 
 /// Inverse of [`encode_bytes`].
 pub(crate) fn decode_bytes(coded: &[u8], table: &SymbolTable, bytes: &mut [u8]) -> Result<(), CodecError> {
     let mut decoder = Decoder::new(coded, MAX_LANES)?;
-    for byte in bytes {
-        *byte = decoder.symbol(table)?;
+    #[cfg(target_arch = "x86_64")]
+    let bytes = if avx2::available() {
+        // SAFETY: the processor has the features that the function enables.
+        let done = unsafe { avx2::decode_groups(&mut decoder, table, bytes) };
+        &mut bytes[done..]
+    } else {
+        bytes
+    };
+    decoder.bytes(table, bytes)?;
+    decoder.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_coded_as_the_reference_does() {
+        let mut rng = fastrand::Rng::with_seed(5);
+        for round in 0..60 {
+            let used = [1, 2, 3, 17, 200][round % 5];
+            let mut frequencies = [1u16; 256];
+            frequencies[used..].fill(0);
+            frequencies[rng.usize(..used)] += 4096 - used as u16;
+            let table = SymbolTable::new(&frequencies);
+            let bytes: Vec<u8> = (0..rng.usize(..5000))
+                .map(|_| table.slots[rng.usize(..if round % 2 == 0 { 4096 } else { 200 })] as u8)
+                .collect();
+            let (mut fast, mut slow) = (vec![9], vec![9]);
+            encode_bytes(&bytes, &table, &mut fast);
+            rans::encode_bytes(&bytes, &table, &mut slow);
+            assert_eq!(fast, slow);
+            let mut back = vec![0; bytes.len()];
+            decode_bytes(&fast[1..], &table, &mut back).unwrap();
+            assert_eq!(back, bytes);
+            let mut decoder = Decoder::new(&slow[1..], MAX_LANES).unwrap();
+            back.fill(0);
+            decoder.bytes(&table, &mut back).unwrap();
+            assert_eq!(back, bytes);
+        }
     }
-    if !decoder.rest().is_empty() || decoder.states.iter().any(|&state| state != STATE_LOW) {
-        return Err(CodecError::malformed("rANS stream", "symbols left over"));
+
+    #[test]
+    fn block_operations_equal_the_reference() {
+        let mut rng = fastrand::Rng::with_seed(6);
+        for _ in 0..300 {
+            let keys: Vec<u8> = (0..3000).map(|_| rng.u8(..)).collect();
+            let words: Vec<u8> = keys.iter().flat_map(|&key| (u16::from(key) << 7).to_le_bytes()).collect();
+            let mut new = words.clone();
+            for _ in 0..rng.usize(..200) {
+                new[rng.usize(..6000)] ^= 1 << rng.u8(..8);
+            }
+            let keys = KeyMap { shift: 7, mask: 0xff };
+            let map = ValueMap { order: crate::words::OrderMap { is_float: true }, is_step: true };
+            let (low, high) = (rng.u8(..128), rng.u8(128..));
+            let classes = [(0, low), (low + 1, high), (high, 255)];
+            let empty = classes.map(|(low, high)| ClassEvents::<u16> { low, high, ..ClassEvents::default() });
+            let ranges = [3..1000, 1000..1001, 1100..2999];
+            let (mut fast, mut slow) = (empty.clone(), empty);
+            collect_events(&words, &new, &ranges, keys, map, &mut fast);
+            scan::collect_events::<u16, Portable>(&words, &new, &ranges, keys, map, &mut slow);
+            for (fast, slow) in fast.iter().zip(&slow) {
+                assert_eq!((&fast.ranks, &fast.values), (&slow.ranks, &slow.values));
+                assert_eq!(fast.population, slow.population);
+            }
+            let (mut a, mut b) = (words.clone(), words.clone());
+            let fast_ok = apply_events(&mut a, &ranges, keys, map, &fast[..2]);
+            let slow_ok = scan::apply_events::<u16, Portable>(&mut b, &ranges, keys, map, &slow[..2]);
+            assert!(fast_ok && slow_ok && a == b);
+            let (mut fast, mut slow) = (vec![], vec![]);
+            for_each_change::<u16>(&words, &new, |position| fast.push(position));
+            scan::for_each_change::<u16, Portable>(&words, &new, |position| slow.push(position));
+            assert_eq!(fast, slow);
+        }
     }
-    Ok(())
 }

@@ -94,7 +94,7 @@ pub(crate) fn encode<W: Word>(
         .map(|class| ClassEvents { low: class.low, high: class.high, ..ClassEvents::default() })
         .collect();
     let mut rows = None;
-    let mut ranges = Vec::from([0..words]);
+    let mut ranges: Vec<Range<usize>> = std::iter::once(0..words).collect();
     if let Some(rate) = tables.row_rate {
         let (offset, _) = chunk_rows(spec, first_word, words);
         let changed = changed_rows::<W>(old, new, offset, spec.row_words as usize);
@@ -231,7 +231,7 @@ pub(crate) fn apply<W: Word>(
     let (changed, events) = decode::<W>(body, tables, map, count, rows.map(|rows| rows.1))?;
     let ranges = match rows {
         Some((offset, _)) => row_ranges(&changed, offset, spec.row_words as usize, count),
-        None => Vec::from([0..count]),
+        None => std::iter::once(0..count).collect(),
     };
     if simd::apply_events(words, &ranges, keys, map, &events) {
         Ok(())

@@ -3,8 +3,8 @@
 //! A table is written at the precision (a power of two) that makes table and data together cheapest: a class of
 //! thirty events is worth four bits a probability, one of a million is worth twelve.
 //!
-//! Bits: precision b (4 bits, 0 to 12); first symbol (exp-Golomb 3); symbols after the first up to the last
-//! (exp-Golomb 3); order g (3 bits); then the frequency of each symbol but the last (exp-Golomb g). The last is
+//! Bits: precision b (4 bits, 0 to 12); first symbol (exp-Golomb 1); symbols after the first up to the last
+//! (exp-Golomb 1); order g (3 bits); then the frequency of each symbol but the last (exp-Golomb g). The last is
 //! what is missing to 2^b and is not 0. All are multiplied by 2^(12 - b).
 
 use crate::CodecError;
@@ -54,7 +54,7 @@ impl Frequencies {
     /// The cheapest exp-Golomb order and the bits of the whole table under it.
     fn order(&self) -> (u32, u64) {
         let head =
-            4 + exp_golomb_bits(self.first as u64, 3) + exp_golomb_bits(self.values.len() as u64 - 1, 3) + 3;
+            4 + exp_golomb_bits(self.first as u64, 1) + exp_golomb_bits(self.values.len() as u64 - 1, 1) + 3;
         let body = |g: u32| {
             let values = &self.values[..self.values.len() - 1];
             values.iter().map(|&f| exp_golomb_bits(u64::from(f), g)).sum::<u64>()
@@ -65,8 +65,8 @@ impl Frequencies {
     pub(crate) fn write(&self, out: &mut BitWriter) {
         let (g, _) = self.order();
         out.put(u64::from(self.precision), 4);
-        put_exp_golomb(out, self.first as u64, 3);
-        put_exp_golomb(out, self.values.len() as u64 - 1, 3);
+        put_exp_golomb(out, self.first as u64, 1);
+        put_exp_golomb(out, self.values.len() as u64 - 1, 1);
         out.put(u64::from(g), 3);
         for &f in &self.values[..self.values.len() - 1] {
             put_exp_golomb(out, u64::from(f), g);
@@ -79,8 +79,8 @@ impl Frequencies {
         if precision > PROB_BITS {
             return Err(bad("precision above 12 bits"));
         }
-        let first = get_exp_golomb(bits, 3)?;
-        let more = get_exp_golomb(bits, 3)?;
+        let first = get_exp_golomb(bits, 1)?;
+        let more = get_exp_golomb(bits, 1)?;
         if first.saturating_add(more) >= alphabet as u64 {
             return Err(bad("a symbol beyond its alphabet"));
         }
