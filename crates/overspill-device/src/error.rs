@@ -54,6 +54,16 @@ pub enum Error {
         /// The driver's words for it.
         message: String,
     },
+    /// A kernel does not compile.
+    #[error("{source_name} for sm_{compute_capability}: {log}")]
+    Compile {
+        /// File name of the source.
+        source_name: &'static str,
+        /// As 10 * major + minor.
+        compute_capability: u32,
+        /// The compiler's words.
+        log: String,
+    },
     /// A stream was told to wait for an event of another backend.
     #[error("{backend}: the event is of another backend")]
     ForeignEvent {

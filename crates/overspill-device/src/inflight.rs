@@ -6,8 +6,8 @@ use crate::{DeviceRange, Direction, Error, EventRef, HostExtent, RawCopy, Result
 
 /// A copy on its way, with the leases it needs.
 ///
-/// Give it up with [`InFlight::try_finish`] once its event has passed; dropped before that, it
-/// blocks until the event has passed, because freeing memory under a copy is never right.
+/// Drop it once [`InFlight::is_done`]; dropped before that, it blocks until the event has passed,
+/// because freeing memory under a copy is never right.
 #[must_use = "dropping a copy in flight blocks until it has passed"]
 #[derive(Debug)]
 pub struct InFlight {

@@ -13,6 +13,7 @@ mod batch;
 mod clock;
 mod driver;
 mod host;
+mod module;
 mod stream;
 
 use std::{any::Any, sync::Arc};
@@ -27,6 +28,7 @@ use self::{
 pub use self::{
     driver::{device_count, version as driver_version},
     host::{HostCounters, HostMemory, huge_pages_possible},
+    module::{Arg, Kernel, Launch, Module},
     stream::CudaStream,
 };
 use crate::{
