@@ -4,7 +4,7 @@ use crate::chunk::ChunkMode;
 use crate::chunk::KeyContext;
 use crate::head::{Head, HeadPlan};
 use crate::quant::{self, Prediction, QuantContext};
-use crate::record::payload_check;
+use crate::record::{payload_check, segment_seed};
 use crate::segment::{SEGMENT_WORDS, SegmentSpec, check_len};
 use crate::survey::{Survey, is_dense};
 use crate::words::Word;
@@ -174,6 +174,7 @@ fn encode_against<W: Word>(
     };
     let head_bytes = plan.to_bytes();
     let head = Head::take(&mut head_bytes.as_slice(), spec)?;
+    let seed = segment_seed(&head_bytes, spec);
     let mut encoded = EncodedSegment { head: head_bytes, index: vec![], blob: vec![], stats };
     let mut chunks = ChunkEncoder { head: &head, spec, options, prediction, try_zstd: None };
     let chunk_bytes = W::BYTES << head.chunk_log2;
@@ -188,7 +189,7 @@ fn encode_against<W: Word>(
         mode.chunks += 1;
         mode.bytes += payload.len() as u64;
         encoded.stats.changed += changed;
-        let check = payload_check(payload, chunk);
+        let check = payload_check(payload, chunk, seed);
         encoded.index.push(ChunkRecord { end_bytes: encoded.blob.len() as u32, check });
     }
     Ok(encoded)
@@ -249,7 +250,7 @@ impl<W: Word> ChunkEncoder<'_, W> {
             }
             _ => self.elias(old, new, out)?,
         }
-        if out.len() - start > new.len() + 1 {
+        if out.len() - start > new.len() {
             out.truncate(start);
             out.push(ChunkMode::Raw as u8);
             out.extend_from_slice(new);

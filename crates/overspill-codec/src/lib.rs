@@ -42,6 +42,8 @@ pub use error::CodecError;
 pub use measure::{SegmentSizes, measure_segment};
 pub use quant::{dequantize, quantize};
 pub use record::{ChunkRecord, RECORD_BYTES};
+#[doc(hidden)]
+pub use segment::decode_unchecked;
 pub use segment::{
     Base, BaseKind, PatchKind, QuantLayout, SEGMENT_WORDS, SegmentSpec, SegmentView, segments,
 };

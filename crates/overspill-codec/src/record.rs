@@ -1,6 +1,7 @@
 //! Index records: where a chunk's payload ends, and a check over its bytes.
 
-use crate::CodecError;
+use crate::segment::{BaseKind, PatchKind, SegmentSpec};
+use crate::{CodecError, QuantLayout};
 
 /// Bytes of one index record.
 pub const RECORD_BYTES: usize = 8;
@@ -10,7 +11,7 @@ pub const RECORD_BYTES: usize = 8;
 pub struct ChunkRecord {
     /// End of the payload, in bytes from the start of the segment's blob.
     pub end_bytes: u32,
-    /// Position-keyed additive check over the payload, see [`payload_check`].
+    /// Position-keyed additive check over the payload, the head and the spec; see the format.
     pub check: u32,
 }
 
@@ -43,15 +44,15 @@ pub(crate) fn parse_records(index: &[u8], count: usize) -> Result<Vec<ChunkRecor
     Ok(records)
 }
 
-/// The check of a payload: with w_i its little-endian 32-bit words (the last padded with zeros),
-/// the top half of `(sum of w_i * (2 i + 1) + length * A + chunk * B) * C`, all modulo 2^64.
-///
-/// Additive, so that many threads (or a thread block) can sum it in any order.
-pub(crate) fn payload_check(payload: &[u8], chunk: usize) -> u32 {
-    const A: u64 = 0xd6e8_feb8_6659_fd93;
-    const B: u64 = 0xa076_1d64_78bd_642f;
-    const C: u64 = 0x9e37_79b9_7f4a_7c15;
-    let (words, tail) = payload.as_chunks::<4>();
+const A: u64 = 0xd6e8_feb8_6659_fd93;
+const B: u64 = 0xa076_1d64_78bd_642f;
+const C: u64 = 0x9e37_79b9_7f4a_7c15;
+const D: u64 = 0xe703_7ed1_a0b4_28db;
+
+/// Sum of w_i * (2 i + 1) + length * A modulo 2^64, w_i the little-endian 32-bit words of `bytes`, the last padded
+/// with zeros. Additive, so that many threads (or a thread block) can form it in any order.
+fn keyed_sum(bytes: &[u8]) -> u64 {
+    let (words, tail) = bytes.as_chunks::<4>();
     let mut sum = 0u64;
     let mut key = 1u32;
     for word in words {
@@ -61,7 +62,28 @@ pub(crate) fn payload_check(payload: &[u8], chunk: usize) -> u32 {
     let mut last = [0; 4];
     last[..tail.len()].copy_from_slice(tail);
     sum = sum.wrapping_add(u64::from(u32::from_le_bytes(last)) * u64::from(key));
-    sum = sum.wrapping_add((payload.len() as u64).wrapping_mul(A));
-    sum = sum.wrapping_add((chunk as u64).wrapping_mul(B));
+    sum.wrapping_add((bytes.len() as u64).wrapping_mul(A))
+}
+
+/// What a segment's chunk checks start from: its head and what its spec says about decoding.
+pub(crate) fn segment_seed(head: &[u8], spec: &SegmentSpec) -> u64 {
+    let base = match spec.base {
+        BaseKind::None => 0,
+        BaseKind::Words => 1,
+        BaseKind::Quantized(QuantLayout::Q4_0) => 2,
+        BaseKind::Quantized(QuantLayout::Q4_1) => 3,
+        BaseKind::Quantized(QuantLayout::Q8_0) => 4,
+    };
+    let kind = u8::from(spec.kind == PatchKind::Absolute);
+    let mut bytes = head.to_vec();
+    bytes.extend_from_slice(&[spec.dtype.code(), base, kind]);
+    bytes.extend_from_slice(&(spec.words as u32).to_le_bytes());
+    keyed_sum(&bytes)
+}
+
+/// The check of a payload: the top half of `(keyed sum + chunk * B + seed * D) * C` modulo 2^64.
+pub(crate) fn payload_check(payload: &[u8], chunk: usize, seed: u64) -> u32 {
+    let sum =
+        keyed_sum(payload).wrapping_add((chunk as u64).wrapping_mul(B)).wrapping_add(seed.wrapping_mul(D));
     (sum.wrapping_mul(C) >> 32) as u32
 }

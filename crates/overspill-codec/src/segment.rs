@@ -10,7 +10,7 @@ use crate::chunk::{ChunkMode, apply_payload};
 use crate::dense;
 use crate::head::Head;
 use crate::quant::{self, Prediction, QuantContext};
-use crate::record::{ChunkRecord, parse_records, payload_check};
+use crate::record::{ChunkRecord, parse_records, payload_check, segment_seed};
 use crate::words::Word;
 use crate::{CodecError, Dtype, RECORD_BYTES};
 
@@ -153,10 +153,12 @@ pub struct SegmentView<'a> {
     head: Head,
     records: Vec<ChunkRecord>,
     blob: &'a [u8],
+    seed: u64,
 }
 
 impl<'a> SegmentView<'a> {
-    /// Parse one segment off the front of the three sections and move each slice past what was used.
+    /// Parse one segment off the front of the three sections and move each slice past what was used. After the
+    /// last segment the caller must find all three empty: bytes left over mean a damaged head.
     ///
     /// Costs memory in proportion to the records and tables present, never to what they declare.
     pub fn take(
@@ -172,7 +174,9 @@ impl<'a> SegmentView<'a> {
                 limit: SEGMENT_WORDS as u64,
             });
         }
+        let all_heads = *heads;
         let head = Head::take(heads, &spec)?;
+        let seed = segment_seed(&all_heads[..all_heads.len() - heads.len()], &spec);
         let chunks = head.chunk_count(spec.words);
         let records = parse_records(index, chunks)?;
         let blob_bytes = records.last().map_or(0, |record| record.end_bytes as usize);
@@ -180,7 +184,7 @@ impl<'a> SegmentView<'a> {
             blob.get(..blob_bytes).ok_or(CodecError::malformed("blob", "shorter than its index says"))?;
         *index = &index[chunks * RECORD_BYTES..];
         *blob = &blob[blob_bytes..];
-        Ok(SegmentView { spec, head, records, blob: own_blob })
+        Ok(SegmentView { spec, head, records, blob: own_blob, seed })
     }
 
     /// The spec it was parsed with.
@@ -217,7 +221,8 @@ impl<'a> SegmentView<'a> {
 
     /// Compare a chunk's payload with its record's check.
     pub fn check_chunk(&self, chunk: usize) -> Result<(), CodecError> {
-        let (expected, found) = (self.records[chunk].check, payload_check(self.payload(chunk), chunk));
+        let (expected, found) =
+            (self.records[chunk].check, payload_check(self.payload(chunk), chunk, self.seed));
         if expected == found { Ok(()) } else { Err(CodecError::Check { chunk, expected, found }) }
     }
 
@@ -325,4 +330,25 @@ impl<'a> SegmentView<'a> {
     fn check_segment_len(&self, found_bytes: usize) -> Result<(), CodecError> {
         check_len("segment buffer", self.spec.words * self.spec.dtype.word_bytes(), found_bytes)
     }
+}
+
+/// Decode `blob` as the one payload of a segment of one chunk, without comparing any check: for fuzzers and tests
+/// that look at what a decoder does with bytes no encoder wrote.
+#[doc(hidden)]
+pub fn decode_unchecked(
+    spec: SegmentSpec,
+    base: Base<'_>,
+    mut head: &[u8],
+    blob: &[u8],
+    out: &mut [u8],
+) -> Result<(), CodecError> {
+    let head_bytes = head;
+    let seed = segment_seed(head_bytes, &spec);
+    let check = payload_check(blob, 0, seed);
+    let record = ChunkRecord { end_bytes: blob.len() as u32, check };
+    let parsed = Head::take(&mut head, &spec)?;
+    if !head.is_empty() || parsed.chunk_count(spec.words) != 1 {
+        return Err(CodecError::malformed("head", "not one of a single chunk"));
+    }
+    SegmentView { spec, head: parsed, records: vec![record], blob, seed }.decode(base, out)
 }

@@ -96,18 +96,18 @@ mod avx2 {
         table
     };
 
-    /// Per set of lanes: the lanes of the set, in order, first.
+    /// Per set of lanes: the lanes of the set, in order, in the last places.
     static COMPRESS: [[u32; 8]; 256] = {
         let mut table = [[0u32; 8]; 256];
         let mut mask = 0;
         while mask < 256 {
-            let (mut lane, mut next) = (0, 0);
-            while lane < 8 {
+            let (mut lane, mut next) = (8, 8);
+            while lane > 0 {
+                lane -= 1;
                 if mask >> lane & 1 == 1 {
+                    next -= 1;
                     table[mask][next] = lane as u32;
-                    next += 1;
                 }
-                lane += 1;
             }
             mask += 1;
         }
@@ -180,7 +180,7 @@ mod avx2 {
         done
     }
 
-    /// As [`rans::encode_bytes`]. Words are collected from the back of a buffer that holds one a symbol.
+    /// As [`rans::encode_bytes`]. Words are collected from the back of a buffer with room for one a symbol.
     #[target_feature(enable = "avx2,bmi1,bmi2,popcnt,lzcnt")]
     pub(super) fn encode_bytes(bytes: &[u8], table: &SymbolTable, out: &mut Vec<u8>) {
         let mut ranges = [0u32; 256];
@@ -189,7 +189,7 @@ mod avx2 {
         }
         let (groups, tail) = bytes.as_chunks::<32>();
         let mut lanes = [rans::STATE_LOW; MAX_LANES];
-        let mut words = vec![0u16; bytes.len()];
+        let mut words = vec![0u16; bytes.len() + 8];
         let mut first = words.len();
         for (lane, &byte) in tail.iter().enumerate().rev() {
             if let Some(word) = rans::encode_step(&mut lanes[lane], table.ranges[usize::from(byte)]) {
@@ -215,12 +215,12 @@ mod avx2 {
                 let mask = !_mm256_movemask_ps(_mm256_castsi256_ps(keep)) as usize & 0xff;
                 let run = _mm256_permutevar8x32_epi32(_mm256_and_si256(*x, low_half), load8(&COMPRESS[mask]));
                 let run = _mm_packus_epi32(_mm256_castsi256_si128(run), _mm256_extracti128_si256::<1>(run));
-                let mut packed = [0u16; 8];
-                // SAFETY: an unaligned store of exactly the 16 bytes of `packed`.
-                unsafe { _mm_storeu_si128(packed.as_mut_ptr().cast(), run) };
-                let count = mask.count_ones() as usize;
-                first -= count;
-                words[first..first + count].copy_from_slice(&packed[..count]);
+                // Elements in front of the run are not written yet.
+                let room: &mut [u16; 8] =
+                    words[..first].last_chunk_mut().expect("8 spare words in front of one for each symbol");
+                // SAFETY: an unaligned store of exactly the 16 bytes of `room`.
+                unsafe { _mm_storeu_si128(room.as_mut_ptr().cast(), run) };
+                first -= mask.count_ones() as usize;
                 let x_now = _mm256_blendv_epi8(_mm256_srli_epi32::<16>(*x), *x, keep);
                 let quotient = divide(x_now, frequency);
                 let remainder = _mm256_sub_epi32(x_now, _mm256_mullo_epi32(quotient, frequency));
