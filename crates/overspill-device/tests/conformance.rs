@@ -46,7 +46,9 @@ fn every_edge_is_needed_and_is_there() {
                 .count() as u64
         };
         assert_eq!(right(true), SCHEDULES, "{name}: with the edge, on some schedule");
-        assert!(right(false) < SCHEDULES * 9 / 10, "{name}: no schedule shows that it is needed");
+        let wrong = SCHEDULES - right(false);
+        eprintln!("{name}: wrong bytes on {wrong} of {SCHEDULES} schedules without it");
+        assert!(wrong > SCHEDULES / 100, "{name}: hardly a schedule shows that it is needed");
     }
 }
 

@@ -202,6 +202,10 @@ fn map(bytes: usize) -> Result<usize> {
             start
         }
     };
+    // A fork would make the pages copy-on-write, and the next write of this process move them away
+    // from the copy engine.
+    // SAFETY: the range is the mapping just made.
+    let _ = unsafe { madvise(start, mapped, Advice::LinuxDontFork) };
     let addr = start.expose_provenance();
     in_parallel(mapped, |offset, length| {
         for page in (offset..offset + length).step_by(SMALL_PAGE_BYTES) {

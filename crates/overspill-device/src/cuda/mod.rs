@@ -57,9 +57,7 @@ pub struct CudaDevice {
     info: DeviceInfo,
     config: CudaConfig,
     context: Arc<Context>,
-    clock: Arc<Clock>,
-    batch: Option<BatchCopy>,
-    host_counters: Arc<HostCounters>,
+    shared: stream::Shared,
     /// The host's side: worker threads.
     workers: Arc<SimDevice>,
 }
@@ -72,20 +70,22 @@ impl CudaDevice {
     pub fn open(config: CudaConfig) -> Result<Arc<Self>> {
         let context = Arc::new(Context::retain(config.ordinal)?);
         let clock = Arc::new(Clock::start(&context)?);
-        let batch = if config.batch_copies {
-            let trial = CudaStream::new(&context, &clock, None)?;
-            BatchCopy::probe(&context, trial.raw())
-        } else {
-            None
+        let mut shared = stream::Shared {
+            context: Arc::clone(&context),
+            clock,
+            batch: None,
+            host_counters: Arc::default(),
         };
+        if config.batch_copies {
+            shared.batch = BatchCopy::probe(&context, CudaStream::new(&shared)?.raw());
+        }
         let info = DeviceInfo {
             backend: "cuda",
             name: context.name()?,
             total_bytes: Some(context.memory_bytes()?.1 as u64),
             pinned: config.host_memory != HostMemory::Pageable,
         };
-        let (host_counters, workers) = (Arc::default(), SimDevice::threads());
-        Ok(Arc::new(Self { info, config, context, clock, batch, host_counters, workers }))
+        Ok(Arc::new(Self { info, config, context, shared, workers: SimDevice::threads() }))
     }
 
     /// Bytes of device memory that the driver says are free now.
@@ -106,13 +106,13 @@ impl CudaDevice {
     /// Whether several copies go to the driver in one call.
     #[must_use]
     pub fn has_batch_copies(&self) -> bool {
-        self.batch.is_some()
+        self.shared.batch.is_some()
     }
 
     /// Host memory held now, by kind.
     #[must_use]
     pub fn host_counters(&self) -> &HostCounters {
-        &self.host_counters
+        &self.shared.host_counters
     }
 
     /// Reads device memory of ours, blocking. The caller orders it behind whatever writes there.
@@ -153,11 +153,11 @@ impl Device for CudaDevice {
     }
 
     fn new_stream(&self, _label: &'static str) -> Result<StreamRef> {
-        Ok(Arc::new(CudaStream::new(&self.context, &self.clock, self.batch)?))
+        Ok(Arc::new(CudaStream::new(&self.shared)?))
     }
 
     fn wrap_stream(&self, handle: u64) -> Result<StreamRef> {
-        Ok(Arc::new(CudaStream::wrap(&self.context, &self.clock, handle, self.batch)))
+        Ok(Arc::new(CudaStream::wrap(&self.shared, handle)))
     }
 
     fn alloc_device(&self, bytes: usize) -> Result<DeviceRange> {
@@ -165,7 +165,8 @@ impl Device for CudaDevice {
         let mut addr = 0;
         // SAFETY: the context is current; freed once, by the block.
         let asked = unsafe { sys::cuMemAlloc_v2(&raw mut addr, bytes.max(1)) };
-        if asked == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+        let never = asked != sys::CUresult::CUDA_SUCCESS && Some(bytes as u64) > self.info.total_bytes;
+        if never || asked == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
             let available_bytes = self.context.memory_bytes().map_or(0, |(free, _)| free);
             return Err(Error::OutOfMemory { tier: "device", requested_bytes: bytes, available_bytes });
         }
@@ -176,7 +177,7 @@ impl Device for CudaDevice {
     }
 
     fn alloc_host(&self, bytes: usize) -> Result<HostSlab> {
-        host::alloc(&self.context, &self.host_counters, self.config.host_memory, bytes)
+        host::alloc(&self.context, &self.shared.host_counters, self.config.host_memory, bytes)
     }
 
     fn new_queue(&self, label: &'static str) -> Result<QueueRef> {
@@ -184,7 +185,7 @@ impl Device for CudaDevice {
     }
 
     fn now_us(&self) -> f64 {
-        self.clock.now_us()
+        self.shared.clock.now_us()
     }
 
     fn block_on(&self, gate: &Gate) -> Result<()> {

@@ -8,6 +8,7 @@ use super::{
     batch::BatchCopy,
     clock::{Base, Clock, RawEvent, destroy_stream, new_stream},
     driver::{Context, check},
+    host::{HostCounters, HostMemory},
 };
 use crate::{Direction, Error, Event, EventRef, RawCopy, Result, Stream};
 
@@ -16,11 +17,18 @@ const SPECIAL_HANDLES: std::ops::RangeInclusive<u64> = 0..=2;
 
 /// A stream: ours, destroyed when dropped, or someone else's, only wrapped.
 pub struct CudaStream {
-    context: Arc<Context>,
-    clock: Arc<Clock>,
+    shared: Shared,
     raw: CUstream,
     owned: bool,
-    batch: Option<BatchCopy>,
+}
+
+/// What the streams of one device share.
+#[derive(Clone)]
+pub(super) struct Shared {
+    pub context: Arc<Context>,
+    pub clock: Arc<Clock>,
+    pub batch: Option<BatchCopy>,
+    pub host_counters: Arc<HostCounters>,
 }
 
 // SAFETY: the driver locks streams; a handle may be used on any thread.
@@ -29,20 +37,22 @@ unsafe impl Send for CudaStream {}
 unsafe impl Sync for CudaStream {}
 
 impl CudaStream {
-    pub(super) fn new(context: &Arc<Context>, clock: &Arc<Clock>, batch: Option<BatchCopy>) -> Result<Self> {
-        let raw = new_stream(context)?;
-        Ok(Self { context: Arc::clone(context), clock: Arc::clone(clock), raw, owned: true, batch })
+    pub(super) fn new(shared: &Shared) -> Result<Self> {
+        let raw = new_stream(&shared.context)?;
+        Ok(Self { shared: shared.clone(), raw, owned: true })
     }
 
-    pub(super) fn wrap(
-        context: &Arc<Context>,
-        clock: &Arc<Clock>,
-        handle: u64,
-        batch: Option<BatchCopy>,
-    ) -> Self {
+    pub(super) fn wrap(shared: &Shared, handle: u64) -> Self {
         let raw = std::ptr::with_exposed_provenance_mut(handle as usize);
-        let batch = batch.filter(|_| !SPECIAL_HANDLES.contains(&handle));
-        Self { context: Arc::clone(context), clock: Arc::clone(clock), raw, owned: false, batch }
+        let mut shared = shared.clone();
+        shared.batch = shared.batch.filter(|_| !SPECIAL_HANDLES.contains(&handle));
+        Self { shared, raw, owned: false }
+    }
+
+    /// The batch copy, if it can take this batch: it is not made for memory that is not page-locked.
+    fn together(&self, batch: &[RawCopy]) -> Option<BatchCopy> {
+        let locked = || self.shared.host_counters.bytes(HostMemory::Pageable) == 0;
+        self.shared.batch.filter(|_| batch.len() > 1 && locked())
     }
 
     pub(super) fn raw(&self) -> CUstream {
@@ -52,8 +62,8 @@ impl CudaStream {
 
 impl Stream for CudaStream {
     unsafe fn copy(&self, batch: &[RawCopy]) -> Result<()> {
-        let _entered = self.context.enter()?;
-        if let (Some(together), [_, _, ..]) = (&self.batch, batch) {
+        let _entered = self.shared.context.enter()?;
+        if let Some(together) = self.together(batch) {
             // SAFETY: the caller's promise is ours.
             return unsafe { together.send(batch, self.raw) };
         }
@@ -65,21 +75,21 @@ impl Stream for CudaStream {
     }
 
     fn record(&self) -> Result<EventRef> {
-        let base = self.clock.base()?;
-        Ok(Arc::new(CudaEvent { event: RawEvent::record(&self.context, self.raw)?, base }))
+        let base = self.shared.clock.base()?;
+        Ok(Arc::new(CudaEvent { event: RawEvent::record(&self.shared.context, self.raw)?, base }))
     }
 
     fn wait(&self, event: &EventRef) -> Result<()> {
         let Some(event) = event.as_any().downcast_ref::<CudaEvent>() else {
             return Err(Error::ForeignEvent { backend: "cuda" });
         };
-        let _entered = self.context.enter()?;
+        let _entered = self.shared.context.enter()?;
         // SAFETY: stream and event live.
         check("cuStreamWaitEvent", unsafe { sys::cuStreamWaitEvent(self.raw, event.event.raw, 0) })
     }
 
     fn synchronize(&self) -> Result<()> {
-        let _entered = self.context.enter()?;
+        let _entered = self.shared.context.enter()?;
         // SAFETY: the stream lives.
         check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.raw) })
     }
@@ -92,7 +102,7 @@ impl Stream for CudaStream {
 impl Drop for CudaStream {
     fn drop(&mut self) {
         if self.owned {
-            destroy_stream(&self.context, self.raw);
+            destroy_stream(&self.shared.context, self.raw);
         }
     }
 }

@@ -6,6 +6,7 @@
 
 pub mod cache;
 pub mod find;
+pub mod table;
 mod usage;
 
 use std::{

@@ -3,15 +3,17 @@
 //! A backend is a [`Rig`]; [`CASES`] are run on it and panic where it is wrong, and [`EDGES`] show
 //! what each cross-stream edge is for: with it the bytes are right, without it they are not.
 
-#![allow(dead_code, reason = "each test binary uses its part of the suite")]
+#![allow(dead_code, unused_imports, reason = "each test binary uses its part of the suite")]
 
 mod cases;
+mod cuda_rig;
 mod edges;
 mod sim_rig;
 
 use overspill_device::{DeviceRange, DeviceRef, HostExtent, HostSlab, InFlight, StreamRef};
 
 pub use cases::CASES;
+pub use cuda_rig::CudaRig;
 pub use edges::EDGES;
 pub use sim_rig::SimRig;
 

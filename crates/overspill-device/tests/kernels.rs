@@ -1,0 +1,73 @@
+//! Every kernel compiles for every architecture, on a machine without a GPU.
+//!
+//! Where NVRTC is not found the tests are left out and say so; `OVERSPILL_REQUIRE_NVRTC=1` makes
+//! that a failure.
+
+use overspill_device::{
+    Error, kernels,
+    nvrtc::{Nvrtc, cache::KernelCache, table},
+};
+
+fn nvrtc() -> Option<Nvrtc> {
+    match Nvrtc::find(None) {
+        Ok(nvrtc) => Some(nvrtc),
+        Err(error) => {
+            let required = std::env::var_os("OVERSPILL_REQUIRE_NVRTC").is_some_and(|value| value == "1");
+            assert!(!required, "{error}");
+            eprintln!("left out: {error}");
+            None
+        }
+    }
+}
+
+#[test]
+fn the_committed_table_is_what_compiles() {
+    let Some(nvrtc) = nvrtc() else { return };
+    let now = table::markdown(&nvrtc).expect("every kernel compiles for every architecture");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/kernels.md");
+    let committed = std::fs::read_to_string(path).expect("docs/kernels.md");
+    if committed.contains("NVRTC 13.0 ") && nvrtc.version() != (13, 0) {
+        eprintln!("left out: the table is of NVRTC 13.0, this is {:?}", nvrtc.version());
+        return;
+    }
+    assert!(committed == now, "docs/kernels.md is out of date: run the example kernel_table");
+}
+
+#[test]
+fn no_kernel_spills() {
+    let Some(nvrtc) = nvrtc() else { return };
+    for source in kernels::ALL {
+        for architecture in table::ARCHITECTURES {
+            for kernel in nvrtc.compile(source, architecture).expect("compiles").usage {
+                assert_eq!(kernel.spill_bytes, 0, "{} on sm_{architecture}", kernel.kernel);
+                assert!(kernel.registers > 0, "{} has no report", kernel.kernel);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_does_not_compile_says_why() {
+    let Some(nvrtc) = nvrtc() else { return };
+    let broken =
+        kernels::Source { name: "broken.cu", text: "__global__ void f() { nonsense; }", options: &[] };
+    let error = nvrtc.compile(&broken, 90).expect_err("nonsense");
+    let Error::Compile { source_name: "broken.cu", compute_capability: 90, log } = error else {
+        panic!("{error}")
+    };
+    assert!(log.contains("nonsense"), "{log}");
+}
+
+#[test]
+fn the_cache_gives_what_was_compiled() {
+    let Some(nvrtc) = nvrtc() else { return };
+    let folder = std::env::temp_dir().join(format!("overspill-kernels-{}", std::process::id()));
+    let cache = KernelCache::at(folder.clone());
+    let first = cache.cubin(&nvrtc, &kernels::MEMORY, 90).expect("compiles");
+    let files = std::fs::read_dir(&folder).expect("folder").count();
+    let second = cache.cubin(&nvrtc, &kernels::MEMORY, 90).expect("is there");
+    let other = cache.cubin(&nvrtc, &kernels::MEMORY, 80).expect("compiles");
+    std::fs::remove_dir_all(&folder).expect("removed");
+    assert_eq!(files, 1);
+    assert!(first == second && first != other && first.starts_with(b"\x7fELF"));
+}
