@@ -11,9 +11,11 @@
 
 pub mod cuda;
 mod error;
+pub mod facts;
 mod gate;
 mod inflight;
 pub mod kernels;
+pub mod measure;
 mod memory;
 pub mod nvrtc;
 mod process;

@@ -241,3 +241,45 @@ fn in_parallel(bytes: usize, work: impl Fn(usize, usize) + Sync) {
         }
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    #[test]
+    fn every_byte_is_in_one_piece() {
+        for bytes in [1, HUGE_PAGE_BYTES - 1, HUGE_PAGE_BYTES, 7 * HUGE_PAGE_BYTES + 5, 100 * HUGE_PAGE_BYTES]
+        {
+            let pieces = Mutex::new(Vec::new());
+            in_parallel(bytes, |offset, length| pieces.lock().expect("pieces").push((offset, length)));
+            let mut pieces = pieces.into_inner().expect("pieces");
+            pieces.sort_unstable();
+            let end = pieces.iter().fold(0, |end, &(offset, length)| {
+                assert_eq!(offset, end, "{bytes} bytes");
+                offset + length
+            });
+            assert_eq!(end, bytes);
+            assert!(pieces.len() <= MOST_THREADS, "{bytes} bytes");
+        }
+    }
+
+    #[test]
+    fn mapped_memory_is_zeroed_writable_and_can_be_given_back() {
+        for bytes in [1, SMALL_PAGE_BYTES, HUGE_PAGE_BYTES + 1] {
+            let addr = map(bytes).expect("mapped");
+            // SAFETY: just mapped for at least as many bytes, and not unmapped before the last use.
+            let memory = unsafe { std::slice::from_raw_parts_mut(pointer(addr).cast::<u8>(), bytes) };
+            assert!(memory.iter().all(|&byte| byte == 0));
+            memory.fill(1);
+            unmap(addr, bytes);
+        }
+        let refused = map(1 << 60).expect_err("more than an address space");
+        assert_eq!(
+            refused,
+            Error::OutOfMemory { tier: "host", requested_bytes: 1 << 60, available_bytes: 0 }
+        );
+        assert!(map(usize::MAX).is_err());
+    }
+}
