@@ -162,7 +162,9 @@ def minilm_q4(out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--packages", type=Path, required=True, help="where the two packages were installed")
     parser.add_argument("--only", default="minilm,smollm,q4,long")

@@ -2,10 +2,21 @@
 The native half of overspill; use it through the `overspill` package.
 """
 
+from _typeshed import SupportsGetItem
 from os import PathLike
 from typing import Any, Final, SupportsFloat, SupportsIndex, final
 
-__all__ = ["Engine", "Onboarding", "Planner", "Slot", "__version__", "malloc_bytes_in_use"]
+__all__ = [
+    "__version__",
+    "Engine",
+    "Onboarding",
+    "Planner",
+    "Slot",
+    "TpdePatch",
+    "malloc_bytes_in_use",
+    "run_cli",
+    "tpde_pack",
+]
 
 __version__: Final[str]
 
@@ -17,7 +28,6 @@ class Engine:
     `device` is "cpu" (device memory is the process's own RAM), "sim" (the same under a schedule
     drawn from `seed`), or "cuda" / "cuda:N". Sizes are in bytes.
     """
-
     def __new__(
         cls,
         /,
@@ -84,7 +94,6 @@ class Onboarding:
     """
     A slot on its way back.
     """
-
     def wait(self, /, stream: SupportsIndex) -> float:
         """
         Makes `stream` wait for the bytes; returns the microseconds for which the host was blocked.
@@ -95,7 +104,6 @@ class Planner:
     """
     Decides for each saved piece of storage; see `overspill_storm::Planner`.
     """
-
     def __new__(
         cls,
         /,
@@ -158,14 +166,131 @@ class Slot:
     """
     Bytes that left the device; given up when this object is.
     """
-
     @property
     def nbytes(self, /) -> int:
         """
         Length in bytes.
         """
 
+@final
+class TpdePatch:
+    """
+    An opened patch.
+    """
+    def __new__(cls, /, source: str | PathLike[str] | SupportsGetItem[int, SupportsIndex]) -> TpdePatch: ...
+    def apply(
+        self,
+        /,
+        base: str
+        | PathLike[str]
+        | SupportsGetItem[
+            int, tuple[str, str, SupportsGetItem[int, SupportsIndex], SupportsIndex, SupportsIndex]
+        ]
+        | None,
+        output: str | PathLike[str],
+        *,
+        memory_bytes: SupportsIndex,
+        threads: SupportsIndex,
+        progress: Any | None = None,
+    ) -> str:
+        """
+        Writes the state that it makes to `output`; returns its state id.
+        """
+    def apply_into(
+        self,
+        /,
+        base: str
+        | PathLike[str]
+        | SupportsGetItem[
+            int, tuple[str, str, SupportsGetItem[int, SupportsIndex], SupportsIndex, SupportsIndex]
+        ]
+        | None,
+        outs: SupportsGetItem[int, tuple[SupportsIndex, SupportsIndex]],
+        *,
+        base_id: str | None,
+        memory_bytes: SupportsIndex,
+        threads: SupportsIndex,
+        progress: Any | None = None,
+    ) -> str:
+        """
+        Decodes into buffers, (address, bytes) of each tensor in the order of `tensors()`; returns the state id.
+
+        With `base_id` the base is taken to be that state and is not hashed.
+        """
+    @property
+    def base_id(self, /) -> str | None:
+        """
+        State that it starts from.
+        """
+    @property
+    def final_id(self, /) -> str:
+        """
+        State that it makes.
+        """
+    def inspect(self, /, memory_bytes: SupportsIndex, threads: SupportsIndex) -> str:
+        """
+        The report of `overspill tpde inspect --json`.
+        """
+    @property
+    def kind(self, /) -> str:
+        """
+        "standalone", "relative" or "absolute".
+        """
+    @property
+    def packed_bytes(self, /) -> int:
+        """
+        Size of the patch.
+        """
+    def tensors(self, /) -> list[tuple[str, str, list[int], int]]:
+        """
+        (name, dtype, shape, bytes) of every tensor that it makes.
+        """
+    def verify(
+        self,
+        /,
+        base: str
+        | PathLike[str]
+        | SupportsGetItem[
+            int, tuple[str, str, SupportsGetItem[int, SupportsIndex], SupportsIndex, SupportsIndex]
+        ]
+        | None,
+        *,
+        memory_bytes: SupportsIndex,
+        threads: SupportsIndex,
+        progress: Any | None = None,
+    ) -> bool:
+        """
+        Checks every byte and, where the base is given or none is needed, the result; says whether it decoded.
+        """
+
 def malloc_bytes_in_use() -> int:
     """
     Bytes that malloc has handed out in this process and not got back.
+    """
+
+def run_cli(args: SupportsGetItem[int, str]) -> int:
+    """
+    Runs the `overspill` command line, program name first, and returns its exit code.
+    """
+
+def tpde_pack(
+    base: str
+    | PathLike[str]
+    | SupportsGetItem[int, tuple[str, str, SupportsGetItem[int, SupportsIndex], SupportsIndex, SupportsIndex]]
+    | None,
+    final_state: str
+    | PathLike[str]
+    | SupportsGetItem[
+        int, tuple[str, str, SupportsGetItem[int, SupportsIndex], SupportsIndex, SupportsIndex]
+    ],
+    output: str | PathLike[str] | None,
+    *,
+    absolute: bool,
+    codec: str,
+    memory_bytes: SupportsIndex,
+    threads: SupportsIndex,
+    progress: Any | None = None,
+) -> tuple[str, str | None, str, int, int, bytes | None]:
+    """
+    Packs `final_state` against `base` into the file `output`, or into memory.
     """

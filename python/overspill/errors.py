@@ -13,6 +13,9 @@ class OverspillError(Exception):
         budget_bytes: the limit as it was stated.
         offset_bytes: where in a file.
         path: the file or folder.
+        tensor: the tensor.
+        expected_state: state id that a patch starts from.
+        found_state: state id of the base that was given.
     """
 
     tier: str | None = None
@@ -21,6 +24,9 @@ class OverspillError(Exception):
     budget_bytes: int | None = None
     offset_bytes: int | None = None
     path: str | None = None
+    tensor: str | None = None
+    expected_state: str | None = None
+    found_state: str | None = None
 
     def __init__(self, message: str, **facts: object) -> None:
         super().__init__(message)

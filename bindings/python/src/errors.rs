@@ -80,3 +80,25 @@ pub fn storm_error(error: &StormError) -> PyErr {
         })
     })
 }
+
+/// An error about checkpoints and patches.
+pub fn tpde_error(py: Python<'_>, error: &overspill_tpde::Error) -> PyErr {
+    use overspill_tpde::Error;
+    match error {
+        Error::Format { path, place, .. } => raise(py, "FormatError", error, |facts| {
+            facts.set_item("path", path.to_string_lossy())?;
+            facts.set_item("tensor", &place.tensor)?;
+            facts.set_item("offset_bytes", place.offset_bytes)
+        }),
+        Error::WrongBase { path, expected, found } => raise(py, "FormatError", error, |facts| {
+            facts.set_item("path", path.to_string_lossy())?;
+            facts.set_item("expected_state", expected.to_string())?;
+            facts.set_item("found_state", found.to_string())
+        }),
+        Error::Io { path, .. } => raise(py, "TransferError", error, |facts| {
+            facts.set_item("tier", Tier::Disk.to_string())?;
+            facts.set_item("path", path.to_string_lossy())
+        }),
+        _ => pyo3::exceptions::PyValueError::new_err(error.to_string()),
+    }
+}

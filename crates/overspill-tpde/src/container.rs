@@ -117,6 +117,14 @@ impl Patch<'static> {
     pub fn open(path: &Path) -> Result<Self> {
         Patch::from_store(Store::open(path)?)
     }
+
+    /// A patch that owns its bytes, which stands in errors as `label`.
+    ///
+    /// # Errors
+    /// As [`Patch::open`].
+    pub fn from_vec(label: &str, bytes: Vec<u8>) -> Result<Self> {
+        Patch::from_store(Store::owned(Path::new(label), bytes))
+    }
 }
 
 impl<'a> Patch<'a> {

@@ -4,9 +4,10 @@
 //! tensors in order of their bytes, no blanks but the padding to 8, which is what the reference writer does, so
 //! a checkpoint that it wrote comes back byte for byte.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::fmt::Write as _;
 
+use indexmap::IndexMap;
 use overspill_codec::Dtype;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
@@ -18,8 +19,8 @@ use crate::{Error, Result};
 /// The reference implementation's own limit.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
-/// Free-form text metadata.
-pub(crate) type Metadata = BTreeMap<String, String>;
+/// Free-form text metadata, in the file's order.
+pub(crate) type Metadata = IndexMap<String, String>;
 
 /// A parsed header: tensors in order of their bytes, offsets counted from the start of the file.
 #[derive(Debug)]

@@ -17,6 +17,7 @@ pub(crate) struct Store<'a> {
 enum Bytes<'a> {
     File { file: File, len_bytes: u64 },
     Memory(&'a [u8]),
+    Owned(Vec<u8>),
 }
 
 impl<'a> Store<'a> {
@@ -33,6 +34,10 @@ impl<'a> Store<'a> {
         Store { path: label.to_owned(), bytes: Bytes::Memory(bytes) }
     }
 
+    pub fn owned(label: &Path, bytes: Vec<u8>) -> Self {
+        Store { path: label.to_owned(), bytes: Bytes::Owned(bytes) }
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -41,6 +46,7 @@ impl<'a> Store<'a> {
         match &self.bytes {
             Bytes::File { len_bytes, .. } => *len_bytes,
             Bytes::Memory(bytes) => bytes.len() as u64,
+            Bytes::Owned(bytes) => bytes.len() as u64,
         }
     }
 
@@ -50,8 +56,10 @@ impl<'a> Store<'a> {
         if !inside {
             return Err(Error::at(&self.path, offset_bytes, format!("ends before {bytes} bytes more")));
         }
+        let start = offset_bytes as usize;
         match &self.bytes {
-            Bytes::Memory(all) => Ok(&all[offset_bytes as usize..offset_bytes as usize + bytes]),
+            Bytes::Memory(all) => Ok(&all[start..start + bytes]),
+            Bytes::Owned(all) => Ok(&all[start..start + bytes]),
             Bytes::File { file, .. } => {
                 scratch.resize(bytes, 0);
                 file.read_exact_at(scratch, offset_bytes).map_err(Error::io(&self.path, "read"))?;

@@ -1,0 +1,254 @@
+//! TPDE for Python: checkpoints as paths or as tensors in memory, patches as paths or bytes.
+//!
+//! A tensor in memory comes as (name, dtype, shape, address, bytes); the Python edge (`overspill.tpde`) holds
+//! the object behind each address for the length of the call, contiguous, little endian, and for outputs not
+//! shared with anything else in the call. The GIL is released around every operation.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use overspill_tpde::checkpoint::MemoryTensor;
+use overspill_tpde::{
+    Checkpoint, CodecChoice, Dtype, Error, Options, PackOptions, PackReport, Patch, StateId, apply,
+    apply_into, inspect, pack, pack_to_vec, verify,
+};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use crate::errors::tpde_error;
+
+/// (name, safetensors dtype, shape, address, bytes)
+type RawTensor = (String, String, Vec<u64>, usize, usize);
+/// (kind, base id, final id, raw bytes, packed bytes, the patch if it went to memory)
+type PackedTuple = (String, Option<String>, String, u64, u64, Option<Py<PyBytes>>);
+/// (name, safetensors dtype, shape, bytes)
+type Described = (String, String, Vec<u64>, u64);
+
+/// A checkpoint: its path, or its tensors.
+#[derive(FromPyObject)]
+pub enum Source {
+    /// A file, folder or index.
+    Path(PathBuf),
+    /// Tensors in memory.
+    Memory(Vec<RawTensor>),
+}
+
+/// A patch: its path, or its bytes.
+#[derive(FromPyObject)]
+pub enum PatchSource {
+    /// A file.
+    Path(PathBuf),
+    /// The whole patch.
+    Bytes(Vec<u8>),
+}
+
+impl Source {
+    fn open(&self, label: &str) -> Result<Checkpoint<'_>, Error> {
+        let tensors = match self {
+            Source::Path(path) => return Checkpoint::open(path),
+            Source::Memory(tensors) => tensors,
+        };
+        let described = tensors.iter().map(|(name, dtype, shape, address, bytes)| {
+            let dtype = Dtype::from_name(dtype)
+                .ok_or_else(|| Error::Misuse { what: format!("{name:?}: no such dtype as {dtype:?}") })?;
+            let bytes = bytes_at(*address, *bytes);
+            Ok(MemoryTensor { name: name.clone(), dtype, shape: shape.clone(), bytes })
+        });
+        Checkpoint::from_memory(label, described.collect::<Result<_, Error>>()?)
+    }
+}
+
+fn bytes_at<'a>(address: usize, bytes: usize) -> &'a [u8] {
+    if bytes == 0 {
+        return &[];
+    }
+    // SAFETY: the Python edge passes the address and the size in bytes of a contiguous CPU tensor that it holds
+    // until the call returns; the slice does not outlive the call.
+    unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(address), bytes) }
+}
+
+fn out_at<'a>(address: usize, bytes: usize) -> &'a mut [u8] {
+    if bytes == 0 {
+        return &mut [];
+    }
+    // SAFETY: as in `bytes_at`; the edge has just allocated the tensor for this call, so nothing else refers to it.
+    unsafe { std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(address), bytes) }
+}
+
+/// Calls a Python function with (bytes done, bytes in all); an exception in it is reported and passed over.
+fn reporter(progress: Option<&Py<PyAny>>) -> impl Fn(u64, u64) + Sync + '_ {
+    move |done, total| {
+        if let Some(progress) = progress {
+            Python::attach(|py| {
+                if let Err(error) = progress.call1(py, (done, total)) {
+                    error.write_unraisable(py, None);
+                }
+            });
+        }
+    }
+}
+
+fn packed(py: Python<'_>, report: PackReport, data: Option<Vec<u8>>) -> PackedTuple {
+    (
+        report.kind.name().to_owned(),
+        report.kind.base().map(|id| id.to_string()),
+        report.final_id.to_string(),
+        report.raw_bytes,
+        report.packed_bytes,
+        data.map(|bytes| PyBytes::new(py, &bytes).unbind()),
+    )
+}
+
+/// Packs `final_state` against `base` into the file `output`, or into memory.
+#[pyfunction]
+#[pyo3(signature = (base, final_state, output, *, absolute, codec, memory_bytes, threads, progress=None))]
+#[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
+pub fn tpde_pack(
+    py: Python<'_>,
+    base: Option<Source>,
+    final_state: Source,
+    output: Option<PathBuf>,
+    absolute: bool,
+    codec: &str,
+    memory_bytes: usize,
+    threads: usize,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<PackedTuple> {
+    let codec = match codec {
+        "auto" => CodecChoice::Auto,
+        "elias-zstd" => CodecChoice::EliasZstd,
+        other => return Err(PyValueError::new_err(format!("no such codec as {other:?}"))),
+    };
+    let options = PackOptions { absolute, codec, run: Options { memory_bytes, threads } };
+    let done = py.detach(|| {
+        let base = base.as_ref().map(|base| base.open("base")).transpose()?;
+        let final_state = final_state.open("final")?;
+        let report = reporter(progress.as_ref());
+        match &output {
+            Some(path) => Ok((pack(base.as_ref(), &final_state, path, &options, &report)?, None)),
+            None => {
+                pack_to_vec(base.as_ref(), &final_state, &options, &report).map(|(r, data)| (r, Some(data)))
+            }
+        }
+    });
+    done.map(|(report, data)| packed(py, report, data)).map_err(|error| tpde_error(py, &error))
+}
+
+/// An opened patch.
+#[pyclass(frozen, module = "overspill._native")]
+pub struct TpdePatch(Patch<'static>);
+
+#[pymethods]
+impl TpdePatch {
+    #[new]
+    fn new(py: Python<'_>, source: PatchSource) -> PyResult<Self> {
+        py.detach(|| match source {
+            PatchSource::Path(path) => Patch::open(&path),
+            PatchSource::Bytes(bytes) => Patch::from_vec("patch", bytes),
+        })
+        .map(TpdePatch)
+        .map_err(|error| tpde_error(py, &error))
+    }
+
+    /// "standalone", "relative" or "absolute".
+    #[getter]
+    fn kind(&self) -> &'static str {
+        self.0.kind().name()
+    }
+
+    /// State that it starts from.
+    #[getter]
+    fn base_id(&self) -> Option<String> {
+        self.0.kind().base().map(|id| id.to_string())
+    }
+
+    /// State that it makes.
+    #[getter]
+    fn final_id(&self) -> String {
+        self.0.final_id().to_string()
+    }
+
+    /// Size of the patch.
+    #[getter]
+    fn packed_bytes(&self) -> u64 {
+        self.0.file_bytes()
+    }
+
+    /// (name, dtype, shape, bytes) of every tensor that it makes.
+    fn tensors(&self) -> Vec<Described> {
+        let entries = self.0.manifest().entries().iter().map(|entry| &entry.tensor);
+        entries.map(|t| (t.name.clone(), t.kind.name().to_owned(), t.shape.clone(), t.bytes)).collect()
+    }
+
+    /// The report of `overspill tpde inspect --json`.
+    fn inspect(&self, py: Python<'_>, memory_bytes: usize, threads: usize) -> PyResult<String> {
+        let options = Options { memory_bytes, threads };
+        py.detach(|| inspect(&self.0, &options).map(|found| found.to_json(&self.0).to_string()))
+            .map_err(|error| tpde_error(py, &error))
+    }
+
+    /// Checks every byte and, where the base is given or none is needed, the result; says whether it decoded.
+    #[pyo3(signature = (base, *, memory_bytes, threads, progress=None))]
+    fn verify(
+        &self,
+        py: Python<'_>,
+        base: Option<Source>,
+        memory_bytes: usize,
+        threads: usize,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<bool> {
+        let options = Options { memory_bytes, threads };
+        py.detach(|| {
+            let base = base.as_ref().map(|base| base.open("base")).transpose()?;
+            verify(&self.0, base.as_ref(), &options, &reporter(progress.as_ref())).map(|found| found.decoded)
+        })
+        .map_err(|error| tpde_error(py, &error))
+    }
+
+    /// Writes the state that it makes to `output`; returns its state id.
+    #[pyo3(signature = (base, output, *, memory_bytes, threads, progress=None))]
+    fn apply(
+        &self,
+        py: Python<'_>,
+        base: Option<Source>,
+        output: PathBuf,
+        memory_bytes: usize,
+        threads: usize,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<String> {
+        let options = Options { memory_bytes, threads };
+        py.detach(|| {
+            let base = base.as_ref().map(|base| base.open("base")).transpose()?;
+            apply(&self.0, base.as_ref(), &output, &options, &reporter(progress.as_ref()))
+        })
+        .map(|id| id.to_string())
+        .map_err(|error| tpde_error(py, &error))
+    }
+
+    /// Decodes into buffers, (address, bytes) of each tensor in the order of `tensors()`; returns the state id.
+    ///
+    /// With `base_id` the base is taken to be that state and is not hashed.
+    #[pyo3(signature = (base, outs, *, base_id, memory_bytes, threads, progress=None))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
+    fn apply_into(
+        &self,
+        py: Python<'_>,
+        base: Option<Source>,
+        outs: Vec<(usize, usize)>,
+        base_id: Option<&str>,
+        memory_bytes: usize,
+        threads: usize,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<String> {
+        let options = Options { memory_bytes, threads };
+        let known = base_id.map(StateId::from_str).transpose().map_err(PyValueError::new_err)?;
+        py.detach(|| {
+            let base = base.as_ref().map(|base| base.open("base")).transpose()?;
+            let outs = outs.iter().map(|&(address, bytes)| out_at(address, bytes)).collect();
+            apply_into(&self.0, base.as_ref(), known, outs, &options, &reporter(progress.as_ref()))
+        })
+        .map(|id| id.to_string())
+        .map_err(|error| tpde_error(py, &error))
+    }
+}

@@ -1,0 +1,14 @@
+"""The ``overspill`` command, and ``python -m overspill``."""
+
+import sys
+
+from ._native import run_cli
+
+
+def main() -> int:
+    """Runs the command line of this process."""
+    return run_cli(["overspill", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
