@@ -8,6 +8,7 @@ use crate::bits::{BitReader, BitWriter};
 use crate::gap;
 use crate::rans::SymbolTable;
 use crate::tables::{Frequencies, get_exp_golomb, get_signed, put_exp_golomb, put_signed};
+use crate::values::magnitude_alphabet;
 
 /// Most classes in a table.
 pub(crate) const MAX_CLASSES: usize = 32;
@@ -47,8 +48,10 @@ pub(crate) enum ClassKind {
     Still,
     /// A symbol for every word.
     Dense,
-    /// Gaps between the changed ones, at this rate.
+    /// Gaps between the changed ones, geometric at this rate.
     Gaps(u32),
+    /// Gaps between the changed ones, by a table of their own.
+    Clustered,
 }
 
 /// One class of a sparse table.
@@ -59,10 +62,19 @@ pub(crate) struct Class {
     pub(crate) kind: ClassKind,
     /// Symbols of the values; `None` where every magnitude is 1.
     pub(crate) values: Option<SymbolTable>,
+    /// Symbols of the gaps of a clustered class.
+    pub(crate) gaps: Option<SymbolTable>,
 }
 
-/// What a class is written as: its kind and, unless all magnitudes are 1, its value frequencies.
-pub(crate) type ClassPlan = (u8, ClassKind, Option<Frequencies>);
+/// What a class is written as.
+pub(crate) struct ClassPlan {
+    pub(crate) high: u8,
+    pub(crate) kind: ClassKind,
+    /// `None` where every magnitude is 1.
+    pub(crate) values: Option<Frequencies>,
+    /// For a clustered class.
+    pub(crate) gaps: Option<Frequencies>,
+}
 
 /// Write the class ranges: number of classes - 1 (exp-Golomb 3), then for all but the last the keys up to and
 /// including its end, less 1 (exp-Golomb 6 for the first, 0 for the others). `highs` are the last keys.
@@ -96,12 +108,12 @@ fn read_ranges(bits: &mut BitReader<'_>) -> Result<Vec<(u8, u8)>, CodecError> {
 }
 
 /// Write a sparse class table. Per class: bit 1 and the signed difference (exp-Golomb 1) of its rate to 4 above the
-/// previous coded rate (at first 8); or bit 0 and 2 bits: 0 still, 1 dense, others reserved. Then, unless
-/// still, bit 1 if every magnitude is 1, else bit 0 and a frequency table.
+/// previous coded rate (at first 8); or bit 0 and 2 bits: 0 still, 1 dense, 2 clustered and the frequency table
+/// of its gaps, 3 reserved. Then, unless still, bit 1 if every magnitude is 1, else bit 0 and a frequency table.
 pub(crate) fn write_sparse(out: &mut BitWriter, plans: &[ClassPlan]) {
-    write_ranges(out, plans.iter().map(|plan| plan.0));
+    write_ranges(out, plans.iter().map(|plan| plan.high));
     let mut expected = 8i64;
-    for (_, kind, values) in plans {
+    for ClassPlan { kind, values, gaps, .. } in plans {
         match *kind {
             ClassKind::Gaps(rate) => {
                 out.put(1, 1);
@@ -113,6 +125,10 @@ pub(crate) fn write_sparse(out: &mut BitWriter, plans: &[ClassPlan]) {
                 continue;
             }
             ClassKind::Dense => out.put(0b010, 3),
+            ClassKind::Clustered => {
+                out.put(0b100, 3);
+                gaps.as_ref().expect("a clustered class has a table of gaps").write(out);
+            }
         }
         out.put(u64::from(values.is_none()), 1);
         if let Some(values) = values {
@@ -126,6 +142,7 @@ pub(crate) fn read_sparse(bits: &mut BitReader<'_>, alphabet: usize) -> Result<V
     let mut expected = 8i64;
     let mut classes = Vec::new();
     for (low, high) in read_ranges(bits)? {
+        let mut gaps = None;
         let kind = if bits.get(1)? == 1 {
             let rate = expected + get_signed(bits, 1)?;
             if !(i64::from(gap::RATE_MIN)..=i64::from(gap::RATE_MAX)).contains(&rate) {
@@ -137,6 +154,10 @@ pub(crate) fn read_sparse(bits: &mut BitReader<'_>, alphabet: usize) -> Result<V
             match bits.get(2)? {
                 0 => ClassKind::Still,
                 1 => ClassKind::Dense,
+                2 => {
+                    gaps = Some(Frequencies::read(bits, magnitude_alphabet::<u32>())?.table());
+                    ClassKind::Clustered
+                }
                 _ => return Err(CodecError::malformed("class table", "reserved kind")),
             }
         };
@@ -148,7 +169,7 @@ pub(crate) fn read_sparse(bits: &mut BitReader<'_>, alphabet: usize) -> Result<V
         if kind == ClassKind::Dense && values.is_none() {
             return Err(CodecError::malformed("class table", "a dense class without values"));
         }
-        classes.push(Class { low, high, kind, values });
+        classes.push(Class { low, high, kind, values, gaps });
     }
     Ok(classes)
 }

@@ -6,6 +6,7 @@ use crate::head::{Head, HeadPlan};
 use crate::quant::{self, Prediction, QuantContext};
 use crate::record::{payload_check, segment_seed};
 use crate::segment::{SEGMENT_WORDS, SegmentSpec, check_len};
+use crate::sparse::Changes;
 use crate::survey::{Survey, is_dense};
 use crate::words::Word;
 use crate::{Base, ChunkRecord, CodecError, Dtype, PatchKind};
@@ -168,17 +169,30 @@ fn encode_against<W: Word>(
         return Ok(EncodedSegment { head: vec![0], index: vec![], blob: vec![], stats });
     }
     let survey = Survey::of::<W>(old, prediction, new, spec);
-    let plan = match options.codec {
+    let mut plan = match options.codec {
         CodecChoice::Auto => survey.plan::<W>(new, spec),
         CodecChoice::EliasZstd => HeadPlan { chunk_log2: ELIAS_CHUNK_LOG2, ..HeadPlan::default() },
     };
+    let chunk_bytes = W::BYTES << plan.chunk_log2;
+    let pairs = || old.chunks(chunk_bytes).zip(new.chunks(chunk_bytes)).enumerate();
+    let mut changes = Vec::new();
+    if let Some((row_rate, classes)) = &mut plan.sparse {
+        for (chunk, (old, new)) in pairs() {
+            let changed = survey.changed_in(chunk, plan.chunk_log2);
+            if changed > 0 && !is_dense(changed, new.len() / W::BYTES) {
+                let first_word = chunk << plan.chunk_log2;
+                changes.push(sparse::gather(old, new, classes, row_rate.is_some(), spec, first_word));
+            }
+        }
+        sparse::find_clusters(classes, &changes);
+    }
     let head_bytes = plan.to_bytes();
     let head = Head::take(&mut head_bytes.as_slice(), spec)?;
     let seed = segment_seed(&head_bytes, spec);
     let mut encoded = EncodedSegment { head: head_bytes, index: vec![], blob: vec![], stats };
-    let mut chunks = ChunkEncoder { head: &head, spec, options, prediction, try_zstd: None };
-    let chunk_bytes = W::BYTES << head.chunk_log2;
-    for (chunk, (old, new)) in old.chunks(chunk_bytes).zip(new.chunks(chunk_bytes)).enumerate() {
+    let changes = changes.iter();
+    let mut chunks = ChunkEncoder { head: &head, spec, options, prediction, changes, try_zstd: None };
+    for (chunk, (old, new)) in pairs() {
         let changed = survey.changed_in(chunk, head.chunk_log2);
         let start = encoded.blob.len();
         if changed > 0 {
@@ -201,6 +215,8 @@ struct ChunkEncoder<'a, W> {
     spec: &'a SegmentSpec,
     options: &'a EncodeOptions,
     prediction: Option<&'a Prediction<W>>,
+    /// Of the sparse chunks, in order.
+    changes: std::slice::Iter<'a, Changes<W>>,
     /// Whether a probe found that Zstandard beats byte planes here; `None` before the first probe.
     try_zstd: Option<bool>,
 }
@@ -221,7 +237,8 @@ impl<W: Word> ChunkEncoder<'_, W> {
         match (&self.head.sparse, &self.head.dense, &self.head.planes) {
             (Some(tables), _, _) if is_sparse => {
                 out.push(ChunkMode::Sparse as u8);
-                sparse::encode::<W>(old, new, tables, self.spec, first_word, out);
+                let changes = self.changes.next().expect("gathered for every sparse chunk");
+                sparse::encode(changes, tables, self.spec, out);
             }
             (_, Some(tables), _) => {
                 out.push(ChunkMode::Dense as u8);

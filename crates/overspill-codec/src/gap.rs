@@ -45,6 +45,19 @@ pub(crate) fn cost_bits(events: f64, words: f64, rate: u32) -> f64 {
     -(events * p.log2() + (words - events).max(0.0) * (1.0 - p).log2())
 }
 
+/// Bits of each quotient symbol of a rate.
+pub(crate) fn costs_bits(rate: u32) -> Vec<f64> {
+    (0..=usize::from(ESCAPE)).map(|symbol| table(rate).cost_bits(symbol)).collect()
+}
+
+/// Bits of one gap at a rate whose [`costs_bits`] are `costs`.
+pub(crate) fn one_bits(costs: &[f64], gap: u32, rate: u32) -> f64 {
+    let (quotient, escape) = (gap >> low_bits(rate), u32::from(ESCAPE));
+    costs[(quotient % escape) as usize]
+        + f64::from(quotient / escape) * costs[escape as usize]
+        + f64::from(low_bits(rate))
+}
+
 /// Frequencies of a geometric law: f(q) = max(1, floor(4096 t(q) / 2^32)) for q < 63, with t(0) = (2^16 - c) 2^16
 /// and t(q + 1) = floor(t(q) c / 2^16); symbol 63 takes max(1, floor(4096 c^63 / ...)), computed as the
 /// recurrence's tail t(63) 2^16 / (2^16 - c); symbol 0 takes what is missing to, or gives what exceeds, 4096.

@@ -131,15 +131,16 @@ pub(crate) fn sparse(histogram: &Histogram, coded_share: f64, is_step: bool) -> 
     let bits = drafts.iter().map(|draft| draft.bits).sum::<f64>() + histogram.raw_bits as f64;
     let plans = drafts.iter().map(|draft| {
         if draft.changed == 0.0 {
-            return (draft.high, ClassKind::Still, None);
+            return ClassPlan { high: draft.high, kind: ClassKind::Still, values: None, gaps: None };
         }
         if is_step && dense_bits(draft) < gap_bits(draft, is_step) {
-            return (draft.high, ClassKind::Dense, Some(fit_with_zero(draft)));
+            let values = Some(fit_with_zero(draft));
+            return ClassPlan { high: draft.high, kind: ClassKind::Dense, values, gaps: None };
         }
         let rate = gap::rate_of(draft.changed, draft.population).max(gap::RATE_MIN);
         let values =
             if is_step && only_ones(&draft.values) { None } else { Some(Frequencies::fit(&draft.values).0) };
-        (draft.high, ClassKind::Gaps(rate), values)
+        ClassPlan { high: draft.high, kind: ClassKind::Gaps(rate), values, gaps: None }
     });
     (plans.collect(), bits)
 }

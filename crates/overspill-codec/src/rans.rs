@@ -41,7 +41,6 @@ impl SymbolTable {
     }
 
     /// Bits that `symbol` costs.
-    #[cfg(test)]
     pub(crate) fn cost_bits(&self, symbol: usize) -> f64 {
         f64::from(PROB_BITS) - f64::from(self.ranges[symbol].1).log2()
     }

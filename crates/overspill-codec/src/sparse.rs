@@ -6,8 +6,8 @@
 //!   symbols to the count before it, at first 0 (exp-Golomb g);
 //! - K lane states, packed, and the word stream of [`crate::rans`]: row gaps, gaps of each
 //!   class in ascending order, then for each class its value symbols;
-//! - the raw bits, two streams each padded to bytes. First, per row gap and per gap of each class: its low bits
-//!   and, for a step, its sign. Second, in the order of the value symbols: for a word of a dense class that
+//! - the raw bits, two streams each padded to bytes. First, per row gap and per gap of each class: its low (or raw)
+//!   bits and, for a step, its sign. Second, in the order of the value symbols: for a word of a dense class that
 //!   changed its sign, then the symbol's raw bits. The first 2 K bytes of the two streams together stand in the
 //!   low halves of the states that decoding ends in (padded with zeros where they are shorter), the rest follows.
 //!
@@ -17,15 +17,20 @@ use std::ops::Range;
 
 use crate::CodecError;
 use crate::bits::{BitReader, BitWriter};
-use crate::classes::{Class, ClassKind, KeyMap};
+use crate::classes::{Class, ClassKind, ClassPlan, KeyMap};
 use crate::gap;
-use crate::rans::{Decoder, Encoder, STATE_LOW};
+use crate::rans::{Decoder, Encoder, STATE_LOW, SymbolTable};
 use crate::scan::{ClassEvents, ValueMap};
 use crate::segment::{BaseKind, PatchKind, SegmentSpec};
 use crate::simd;
-use crate::tables::{exp_golomb_bits, get_exp_golomb, get_signed, put_exp_golomb, put_signed};
+use crate::tables::{
+    Frequencies, MAX_SYMBOLS, exp_golomb_bits, get_exp_golomb, get_signed, put_exp_golomb, put_signed,
+};
 use crate::values::{join_word, magnitude_of, sign_magnitude, split_magnitude, split_word, step_of};
 use crate::words::{OrderMap, Word};
+
+/// Classes with fewer changes keep geometric gaps: a table would hardly pay.
+const CLUSTER_EVENTS_MIN: u64 = 64;
 
 /// The head's tables for mode S.
 #[derive(Debug)]
@@ -78,41 +83,96 @@ fn changed_rows<W: Word>(old: &[u8], new: &[u8], offset: usize, row_words: usize
     rows
 }
 
-/// Append the payload of one chunk. `first_word` counts within the segment.
-pub(crate) fn encode<W: Word>(
+/// What changed in one chunk.
+pub(crate) struct Changes<W> {
+    /// Rows with a change, if rows are context.
+    rows: Vec<u32>,
+    /// Of each class that is not still, in order.
+    events: Vec<ClassEvents<W>>,
+}
+
+/// Find the changes of a chunk. `first_word` counts within the segment.
+pub(crate) fn gather<W: Word>(
     old: &[u8],
     new: &[u8],
-    tables: &SparseTables,
+    plans: &[ClassPlan],
+    row_context: bool,
     spec: &SegmentSpec,
     first_word: usize,
-    out: &mut Vec<u8>,
-) {
+) -> Changes<W> {
     let (keys, map) = maps(spec);
     let words = old.len() / W::BYTES;
-    let live = || tables.classes.iter().filter(|class| class.kind != ClassKind::Still);
-    let mut events: Vec<ClassEvents<W>> = live()
-        .map(|class| ClassEvents { low: class.low, high: class.high, ..ClassEvents::default() })
-        .collect();
-    let mut rows = None;
+    let mut events = Vec::new();
+    let mut low = 0;
+    for plan in plans {
+        if plan.kind != ClassKind::Still {
+            events.push(ClassEvents { low, high: plan.high, ..ClassEvents::default() });
+        }
+        low = plan.high.saturating_add(1);
+    }
+    if let Some(last) = events.last_mut().filter(|_| plans.last().is_some_and(|p| p.kind != ClassKind::Still))
+    {
+        last.high = 255;
+    }
+    let mut rows = Vec::new();
     let mut ranges: Vec<Range<usize>> = std::iter::once(0..words).collect();
-    if let Some(rate) = tables.row_rate {
+    if row_context {
         let (offset, _) = chunk_rows(spec, first_word, words);
-        let changed = changed_rows::<W>(old, new, offset, spec.row_words as usize);
-        ranges = row_ranges(&changed, offset, spec.row_words as usize, words);
-        rows = Some((rate, changed));
+        rows = changed_rows::<W>(old, new, offset, spec.row_words as usize);
+        ranges = row_ranges(&rows, offset, spec.row_words as usize, words);
     }
     simd::collect_events(old, new, &ranges, keys, map, &mut events);
+    Changes { rows, events }
+}
 
-    let mut coder = Coder::new(map);
-    let row_symbols = rows.map(|(rate, changed)| coder.gaps::<W>(&changed, &[], rate));
-    let mut counts = Vec::with_capacity(events.len());
-    for (class, events) in live().zip(&events) {
-        counts.push(match class.kind {
-            ClassKind::Gaps(rate) => coder.gaps(&events.ranks, &events.values, rate),
+/// Give classes whose gaps are far from geometric a table of their own, where that saves bits.
+pub(crate) fn find_clusters<W: Word>(plans: &mut [ClassPlan], chunks: &[Changes<W>]) {
+    let live = plans.iter_mut().filter(|plan| plan.kind != ClassKind::Still);
+    for (class, plan) in live.enumerate() {
+        let ClassKind::Gaps(rate) = plan.kind else { continue };
+        let mut counts = [0u64; MAX_SYMBOLS];
+        let (mut raw_bits, mut geometric_bits) = (0, 0.0);
+        let costs = gap::costs_bits(rate);
+        for events in chunks.iter().map(|chunk| &chunk.events[class]) {
+            let mut next = 0;
+            for &rank in &events.ranks {
+                let (symbol, width, _) = split_magnitude::<u32>(u64::from(rank - next));
+                counts[usize::from(symbol)] += 1;
+                raw_bits += u64::from(width);
+                geometric_bits += gap::one_bits(&costs, rank - next, rate);
+                next = rank + 1;
+            }
+        }
+        if counts.iter().sum::<u64>() < CLUSTER_EVENTS_MIN {
+            continue;
+        }
+        let (gaps, bits) = Frequencies::fit(&counts);
+        if bits + raw_bits as f64 + 8.0 < geometric_bits {
+            plan.kind = ClassKind::Clustered;
+            plan.gaps = Some(gaps);
+        }
+    }
+}
+
+/// Append the payload of one chunk.
+pub(crate) fn encode<W: Word>(
+    changes: &Changes<W>,
+    tables: &SparseTables,
+    spec: &SegmentSpec,
+    out: &mut Vec<u8>,
+) {
+    let live = || tables.classes.iter().filter(|class| class.kind != ClassKind::Still);
+    let mut coder = Coder::new(maps(spec).1);
+    let row_symbols = tables.row_rate.map(|rate| coder.gaps::<W>(&changes.rows, &[], rate));
+    let mut counts = Vec::with_capacity(changes.events.len());
+    for (class, events) in live().zip(&changes.events) {
+        counts.push(match (class.kind, &class.gaps) {
+            (ClassKind::Gaps(rate), _) => coder.gaps(&events.ranks, &events.values, rate),
+            (_, Some(table)) => coder.clustered_gaps(events, table),
             _ => u64::from(events.population),
         });
     }
-    for (class, events) in live().zip(&events) {
+    for (class, events) in live().zip(&changes.events) {
         coder.values(class, events);
     }
     coder.finish(row_symbols, &counts, out);
@@ -151,6 +211,21 @@ impl Coder {
             }
         }
         (self.symbols.len() - before) as u64
+    }
+
+    /// Gap symbols by a class's own table, their raw bits and signs. Returns how many symbols.
+    fn clustered_gaps<W: Word>(&mut self, events: &ClassEvents<W>, table: &SymbolTable) -> u64 {
+        let mut next = 0;
+        for (&rank, &value) in events.ranks.iter().zip(&events.values) {
+            let (symbol, width, raw) = split_magnitude::<u32>(u64::from(rank - next));
+            next = rank + 1;
+            self.symbols.push(table, symbol.into());
+            self.fixed.put(raw, width);
+            if self.map.is_step {
+                self.fixed.put(sign_magnitude(value).0, 1);
+            }
+        }
+        events.ranks.len() as u64
     }
 
     fn values<W: Word>(&mut self, class: &Class, events: &ClassEvents<W>) {
@@ -244,45 +319,74 @@ fn bad(why: &'static str) -> CodecError {
     CodecError::malformed("sparse chunk", why)
 }
 
-/// Quotients of the gaps of one class (or of the rows), escapes already summed up.
-struct Quotients {
-    values: Vec<u32>,
+/// What the gaps of one class (or of the rows) are before their raw bits are added.
+enum GapSymbols {
+    /// Quotients, escapes already summed up, and the width of the low bits.
+    Quotients(Vec<u32>, u32),
+    /// Symbols of a clustered class.
+    Clustered(Vec<u8>),
 }
 
-fn decode_quotients(decoder: &mut Decoder<'_>, symbols: u64, rate: u32) -> Result<Quotients, CodecError> {
-    let table = gap::table(rate);
-    let (mut values, mut sum) = (Vec::new(), 0u32);
-    for _ in 0..symbols {
-        let symbol = decoder.symbol(table)?;
-        sum = sum.saturating_add(symbol.into());
-        if symbol != gap::ESCAPE {
-            values.push(sum);
-            sum = 0;
+impl GapSymbols {
+    fn count(&self) -> usize {
+        match self {
+            GapSymbols::Quotients(values, _) => values.len(),
+            GapSymbols::Clustered(symbols) => symbols.len(),
         }
     }
-    if sum != 0 { Err(bad("gaps end in an escape")) } else { Ok(Quotients { values }) }
-}
 
-/// Ranks from quotients and low bits; `sign` receives the bit that follows each gap, if one does.
-fn ranks_of(
-    quotients: &Quotients,
-    rate: u32,
-    limit: usize,
-    fixed: &mut BitReader<'_>,
-    mut sign: impl FnMut(&mut BitReader<'_>) -> Result<(), CodecError>,
-) -> Result<Vec<u32>, CodecError> {
-    let k = gap::low_bits(rate);
-    let (mut ranks, mut next) = (Vec::with_capacity(quotients.values.len()), 0u64);
-    for &quotient in &quotients.values {
-        let rank = next + (u64::from(quotient) << k | fixed.get(k)?);
-        if rank >= limit as u64 {
-            return Err(bad("a position beyond the chunk"));
+    fn quotients(decoder: &mut Decoder<'_>, symbols: u64, rate: u32) -> Result<Self, CodecError> {
+        let table = gap::table(rate);
+        let (mut values, mut sum) = (Vec::new(), 0u32);
+        for _ in 0..symbols {
+            let symbol = decoder.symbol(table)?;
+            sum = sum.saturating_add(symbol.into());
+            if symbol != gap::ESCAPE {
+                values.push(sum);
+                sum = 0;
+            }
         }
-        ranks.push(rank as u32);
-        next = rank + 1;
-        sign(fixed)?;
+        if sum != 0 {
+            Err(bad("gaps end in an escape"))
+        } else {
+            Ok(Self::Quotients(values, gap::low_bits(rate)))
+        }
     }
-    Ok(ranks)
+
+    fn clustered(decoder: &mut Decoder<'_>, symbols: u64, table: &SymbolTable) -> Result<Self, CodecError> {
+        let symbols = (0..symbols).map(|_| decoder.symbol(table)).collect::<Result<_, _>>()?;
+        Ok(Self::Clustered(symbols))
+    }
+
+    /// Ranks, with the raw bits of each gap; the sign bit that follows each gap, if one does, goes to `signs`.
+    fn ranks(
+        &self,
+        limit: usize,
+        bits: &mut BitReader<'_>,
+        mut signs: Option<&mut Vec<u8>>,
+    ) -> Result<Vec<u32>, CodecError> {
+        let (mut ranks, mut next) = (Vec::with_capacity(self.count()), 0u64);
+        for i in 0..self.count() {
+            let gap = match self {
+                GapSymbols::Quotients(values, k) => u64::from(values[i]) << k | bits.get(*k)?,
+                GapSymbols::Clustered(symbols) => {
+                    let (least, width) =
+                        magnitude_of::<u32>(symbols[i]).ok_or(bad("a gap beyond 32 bits"))?;
+                    least + bits.get(width)?
+                }
+            };
+            let rank = next + gap;
+            if rank >= limit as u64 {
+                return Err(bad("a position beyond the chunk"));
+            }
+            ranks.push(rank as u32);
+            next = rank + 1;
+            if let Some(signs) = &mut signs {
+                signs.push(bits.get(1)? as u8);
+            }
+        }
+        Ok(ranks)
+    }
 }
 
 type Decoded<W> = (Vec<u32>, Vec<ClassEvents<W>>);
@@ -318,18 +422,19 @@ fn decode<W: Word>(
 
     // Every symbol a step, then every raw bit: the raw bits start where the words end.
     let mut decoder = Decoder::new_packed(body, lanes)?;
-    let row_quotients = tables.row_rate.map(|rate| decode_quotients(&mut decoder, row_symbols, rate));
-    let row_quotients = row_quotients.transpose()?;
-    let mut quotients = Vec::with_capacity(live.len());
+    let row_gaps =
+        tables.row_rate.map(|rate| GapSymbols::quotients(&mut decoder, row_symbols, rate)).transpose()?;
+    let mut gaps = Vec::with_capacity(live.len());
     for (class, &count) in live.iter().zip(&counts) {
-        quotients.push(match class.kind {
-            ClassKind::Gaps(rate) => Some(decode_quotients(&mut decoder, count, rate)?),
+        gaps.push(match (class.kind, &class.gaps) {
+            (ClassKind::Gaps(rate), _) => Some(GapSymbols::quotients(&mut decoder, count, rate)?),
+            (_, Some(table)) => Some(GapSymbols::clustered(&mut decoder, count, table)?),
             _ => None,
         });
     }
     let mut symbols = Vec::with_capacity(live.len());
-    for ((class, &count), quotients) in live.iter().zip(&counts).zip(&quotients) {
-        let count = quotients.as_ref().map_or(count as usize, |q| q.values.len());
+    for ((class, &count), gaps) in live.iter().zip(&counts).zip(&gaps) {
+        let count = gaps.as_ref().map_or(count as usize, GapSymbols::count);
         symbols.push(match &class.values {
             Some(table) => (0..count).map(|_| decoder.symbol(table)).collect::<Result<Vec<u8>, _>>()?,
             None => vec![1; count],
@@ -345,21 +450,16 @@ fn decode<W: Word>(
     raw.extend_from_slice(decoder.rest());
 
     let mut fixed = BitReader::new(&raw);
-    let changed = match (&row_quotients, tables.row_rate, rows) {
-        (Some(quotients), Some(rate), Some(rows)) => ranks_of(quotients, rate, rows, &mut fixed, |_| Ok(()))?,
+    let changed = match (&row_gaps, rows) {
+        (Some(gaps), Some(rows)) => gaps.ranks(rows, &mut fixed, None)?,
         _ => Vec::new(),
     };
     let mut signs = Vec::new();
     let mut events = Vec::with_capacity(live.len());
-    for (class, quotients) in live.iter().zip(&quotients) {
+    for (class, gaps) in live.iter().zip(&gaps) {
         let mut own = ClassEvents { low: class.low, high: class.high, ..ClassEvents::default() };
-        if let (Some(quotients), ClassKind::Gaps(rate)) = (quotients, class.kind) {
-            own.ranks = ranks_of(quotients, rate, words, &mut fixed, |bits| {
-                if map.is_step {
-                    signs.push(bits.get(1)? as u8);
-                }
-                Ok(())
-            })?;
+        if let Some(gaps) = gaps {
+            own.ranks = gaps.ranks(words, &mut fixed, map.is_step.then_some(&mut signs))?;
         }
         events.push(own);
     }
