@@ -49,7 +49,7 @@ fn step(seed: u64, planted: Planted, spill: Option<SpillFile>) -> Result<(), Str
     let compute = device.new_sim_queue("compute").map_err(|e| e.to_string())?;
     let compute_ref: overspill_device::StreamRef = compute.clone();
     let count = rng.usize(1..8);
-    let mut slots = Vec::new();
+    let (mut slots, mut kept) = (Vec::new(), Vec::new());
     for index in 0..count {
         let bytes = rng.usize(1..20_000);
         let tensor = device.alloc_device(bytes).map_err(|e| e.to_string())?;
@@ -62,11 +62,20 @@ fn step(seed: u64, planted: Planted, spill: Option<SpillFile>) -> Result<(), Str
             // and it is freed in that order, as PyTorch's allocator does.
             let writer = Arc::clone(&device);
             compute.launch(move || writer.write(&tensor, &vec![0xEE; tensor.bytes()]));
+        } else {
+            // A later release gives up this lease as well, in compute's order; this device would
+            // free the memory in the host's.
+            kept.push(tensor);
         }
         slots.push(slot);
     }
     for (index, slot) in slots.iter().enumerate().rev() {
         let buffer = device.alloc_device(slot.bytes()).map_err(|e| e.to_string())?;
+        if rng.bool() {
+            // Compute still uses what was in this memory before.
+            let (writer, target) = (Arc::clone(&device), buffer.clone());
+            compute.launch(move || writer.write(&target, &vec![0xAA; target.bytes()]));
+        }
         let cause = if rng.bool() { Cause::Prefetch } else { Cause::OnDemand };
         let back = engine.onboard(slot, &buffer, &compute_ref, cause).map_err(|e| e.to_string())?;
         if rng.u8(..) < 32 {
@@ -78,8 +87,12 @@ fn step(seed: u64, planted: Planted, spill: Option<SpillFile>) -> Result<(), Str
         let into = Arc::clone(&found);
         compute.launch(move || *into.lock().expect("not poisoned") = reader.read(&buffer));
         overspill_device::Stream::synchronize(&*compute).map_err(|e| e.to_string())?;
-        if *found.lock().expect("not poisoned") != content(seed, index, slot.bytes()) {
-            return Err(format!("tensor {index} came back changed"));
+        let (found, expected) = (found.lock().expect("not poisoned"), content(seed, index, slot.bytes()));
+        let wrong = |at: &usize| found[*at] != expected[*at];
+        if let Some(first) = (0..expected.len()).find(wrong) {
+            let (count, byte) = ((0..expected.len()).filter(wrong).count(), found[first]);
+            let what = format!("{count} of {} bytes, the first at {first}, {byte:#04x}", expected.len());
+            return Err(format!("tensor {index} came back changed: {what}"));
         }
     }
     drop(slots);
@@ -125,6 +138,22 @@ fn leases_given_up_before_their_event_are_caught() {
 #[test]
 fn a_stream_that_does_not_wait_is_caught() {
     assert!(caught(Planted::StreamWaitsIgnored) > 20);
+}
+
+/// The edges of docs/stream-ordering.md that are waits between streams, each removed alone.
+#[test]
+fn every_wait_between_streams_is_needed() {
+    for (by, on) in [
+        ("offload", "compute"),
+        ("compute", "offload"),
+        ("onboard", "offload"),
+        ("onboard", "compute"),
+        ("compute", "onboard"),
+    ] {
+        let found = caught(Planted::WaitIgnored { by, on });
+        eprintln!("{by} does not wait for {on}: caught on {found} of 200 schedules");
+        assert!(found > 0, "{by} does not wait for {on}: caught on {found} schedules");
+    }
 }
 
 #[test]

@@ -15,8 +15,11 @@ use std::{
 use super::{Planted, SimConfig, memory};
 use crate::{Error, Event, EventRef, Job, RawCopy, Result};
 
-/// Most operations that one call runs on a seeded device.
+/// Most operations that one call runs on a seeded device; each seed draws its own limit below.
 const MOST_STEPS_A_CALL: usize = 3;
+/// How often a queue is chosen, against the others; each queue draws one. Queues of one speed hardly
+/// ever overtake each other by far.
+const SPEEDS: [usize; 3] = [1, 6, 36];
 
 /// One operation of a queue.
 pub enum Op {
@@ -39,6 +42,7 @@ pub struct Core {
 struct Schedule {
     queues: Vec<Queue>,
     rng: fastrand::Rng,
+    steps_a_call: usize,
     allocations: u64,
 }
 
@@ -47,12 +51,15 @@ struct Queue {
     ops: VecDeque<Op>,
     /// The thread that runs an operation of this queue now.
     runner: Option<ThreadId>,
+    speed: usize,
     closed: bool,
 }
 
 /// A point in a queue.
 pub struct SimEvent {
     core: Arc<Core>,
+    /// Of the stream that it was recorded on.
+    label: &'static str,
     done: AtomicBool,
     time_us: AtomicU64,
 }
@@ -67,8 +74,9 @@ impl Core {
     }
 
     fn new(seeded: Option<SimConfig>) -> Self {
-        let rng = fastrand::Rng::with_seed(seeded.map_or(0, |config| config.seed));
-        let schedule = Schedule { queues: Vec::new(), rng, allocations: 0 };
+        let mut rng = fastrand::Rng::with_seed(seeded.map_or(0, |config| config.seed));
+        let steps_a_call = rng.usize(0..=MOST_STEPS_A_CALL);
+        let schedule = Schedule { queues: Vec::new(), rng, steps_a_call, allocations: 0 };
         Self {
             schedule: Mutex::new(schedule),
             changed: Condvar::new(),
@@ -84,6 +92,18 @@ impl Core {
 
     pub fn planted(&self) -> Planted {
         self.seeded.map_or(Planted::Nothing, |config| config.planted)
+    }
+
+    /// Whether a planted bug makes the stream called `waiter` pass over `event`.
+    pub fn ignores(&self, waiter: &'static str, event: &EventRef) -> Result<bool> {
+        let Some(event) = event.as_any().downcast_ref::<SimEvent>() else {
+            return Err(Error::ForeignEvent { backend: "sim" });
+        };
+        Ok(match self.planted() {
+            Planted::StreamWaitsIgnored => true,
+            Planted::WaitIgnored { by, on } => (by, on) == (waiter, event.label),
+            Planted::Nothing | Planted::EventsPassEarly => false,
+        })
     }
 
     /// Virtual on a seeded device, so that its timeline follows from the seed alone.
@@ -106,7 +126,8 @@ impl Core {
     /// Adds a queue; returns its index.
     pub fn add_queue(&self) -> usize {
         let mut schedule = self.lock();
-        schedule.queues.push(Queue::default());
+        let speed = SPEEDS[schedule.rng.usize(..SPEEDS.len())];
+        schedule.queues.push(Queue { speed, ..Queue::default() });
         schedule.queues.len() - 1
     }
 
@@ -155,7 +176,7 @@ impl Core {
     /// On a seeded device, runs a few operations or none.
     pub fn advance(&self) {
         if self.is_seeded() {
-            let steps = self.lock().rng.usize(0..=MOST_STEPS_A_CALL);
+            let steps = self.lock().steps_of_a_call();
             for _ in 0..steps {
                 self.step();
             }
@@ -186,15 +207,10 @@ impl Core {
         }
     }
 
-    /// Runs one ready operation of a queue chosen at random; false if there is none.
+    /// Runs one ready operation; false if there is none.
     fn step(&self) -> bool {
         let mut schedule = self.lock();
-        let ready: Vec<usize> =
-            (0..schedule.queues.len()).filter(|&queue| schedule.is_ready(queue)).collect();
-        if ready.is_empty() {
-            return false;
-        }
-        let queue = ready[schedule.rng.usize(..ready.len())];
+        let Some(queue) = schedule.choose() else { return false };
         let op = schedule.take(queue);
         drop(schedule);
         if let Some(op) = op {
@@ -244,6 +260,25 @@ impl Schedule {
             }
     }
 
+    fn steps_of_a_call(&mut self) -> usize {
+        let most = self.steps_a_call;
+        self.rng.usize(0..=most)
+    }
+
+    /// A ready queue at random, the fast ones more often.
+    fn choose(&mut self) -> Option<usize> {
+        let ready: Vec<usize> = (0..self.queues.len()).filter(|&queue| self.is_ready(queue)).collect();
+        let total: usize = ready.iter().map(|&queue| self.queues[queue].speed).sum();
+        let mut left = if total == 0 { return None } else { self.rng.usize(..total) };
+        for &queue in &ready {
+            if left < self.queues[queue].speed {
+                return Some(queue);
+            }
+            left -= self.queues[queue].speed;
+        }
+        None
+    }
+
     fn has_ready(&self) -> bool {
         (0..self.queues.len()).any(|queue| self.is_ready(queue))
     }
@@ -279,8 +314,13 @@ fn halves(whole: RawCopy, cut: usize) -> (RawCopy, RawCopy) {
 }
 
 impl SimEvent {
-    pub fn new(core: &Arc<Core>) -> Arc<Self> {
-        Arc::new(Self { core: Arc::clone(core), done: AtomicBool::new(false), time_us: AtomicU64::new(0) })
+    pub fn new(core: &Arc<Core>, label: &'static str) -> Arc<Self> {
+        Arc::new(Self {
+            core: Arc::clone(core),
+            label,
+            done: AtomicBool::new(false),
+            time_us: AtomicU64::new(0),
+        })
     }
 
     pub fn pass(&self) {

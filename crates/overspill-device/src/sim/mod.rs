@@ -28,8 +28,15 @@ pub enum Planted {
     Nothing,
     /// Events claim to have passed at once: leases are given up, and extents reused, under copies.
     EventsPassEarly,
-    /// A stream does not wait for the events it is told to wait for.
+    /// No stream waits for the events it is told to wait for.
     StreamWaitsIgnored,
+    /// One stream does not wait for another's events; both by label, the caller's being "caller".
+    WaitIgnored {
+        /// The stream that is told to wait.
+        by: &'static str,
+        /// The stream whose events it passes over.
+        on: &'static str,
+    },
 }
 
 /// How a seeded device behaves.

@@ -7,16 +7,19 @@ use std::{
 };
 
 use super::{
-    Planted,
     core::{Core, Op, SimEvent},
     memory,
 };
 use crate::{Error, EventRef, HostQueue, Job, RawCopy, Result, Stream};
 
+/// Label of the calling thread as a stream.
+const CALLER: &str = "caller";
+
 /// An ordered queue: a stream, a queue of host jobs, or both.
 pub struct SimQueue {
     core: Arc<Core>,
     index: usize,
+    label: &'static str,
     worker: Option<JoinHandle<()>>,
 }
 
@@ -31,7 +34,7 @@ impl SimQueue {
                 thread::Builder::new().name(format!("overspill-{label}")).spawn(move || shared.work(index));
             Some(spawned.map_err(|error| Error::Unavailable { backend: "sim", reason: error.to_string() })?)
         };
-        Ok(Arc::new(Self { core: Arc::clone(core), index, worker }))
+        Ok(Arc::new(Self { core: Arc::clone(core), index, label, worker }))
     }
 
     /// Appends a closure, as a kernel would be: it runs in the order of the stream.
@@ -47,13 +50,13 @@ impl Stream for SimQueue {
     }
 
     fn record(&self) -> Result<EventRef> {
-        let event = SimEvent::new(&self.core);
+        let event = SimEvent::new(&self.core, self.label);
         self.core.push(self.index, [Op::Record(Arc::clone(&event))]);
         Ok(event)
     }
 
     fn wait(&self, event: &EventRef) -> Result<()> {
-        if self.core.planted() != Planted::StreamWaitsIgnored {
+        if !self.core.ignores(self.label, event)? {
             self.core.push(self.index, [Op::Wait(Arc::clone(event))]);
         }
         Ok(())
@@ -110,13 +113,13 @@ impl Stream for HostStream {
 
     fn record(&self) -> Result<EventRef> {
         self.core.advance();
-        let event = SimEvent::new(&self.core);
+        let event = SimEvent::new(&self.core, CALLER);
         event.pass();
         Ok(event)
     }
 
     fn wait(&self, event: &EventRef) -> Result<()> {
-        if self.core.planted() == Planted::StreamWaitsIgnored { Ok(()) } else { event.synchronize() }
+        if self.core.ignores(CALLER, event)? { Ok(()) } else { event.synchronize() }
     }
 
     fn synchronize(&self) -> Result<()> {
