@@ -7,12 +7,12 @@ RUST := $(shell git ls-files -co --exclude-standard 'crates/*' 'bindings/*' Carg
 IN := source $(VENV)/bin/activate &&
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help test demo build stubs lint lint-rust lint-python deny test-rust test-python fuzz figures clean
+.PHONY: help test demo build stubs lint lint-rust lint-python deny test-rust test-python kernels fuzz figures clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-test: lint test-rust test-python deny  ## all that CI runs
+test: lint test-rust kernels test-python deny  ## all that CI runs
 	@echo "make test: all green"
 
 # ---- environment -------------------------------------------------------------------------------
@@ -47,6 +47,12 @@ lint-python: $(VENV)/.built
 
 test-rust:  ## unit, property, schedule and fault tests
 	cargo test --workspace --quiet
+
+# 13.0: what a newer compiler emits is refused by the drivers of PyTorch's CUDA 13.0 builds.
+kernels: $(VENV)/.synced  ## every kernel for six architectures against docs/kernels.md; needs no GPU
+	$(UV) pip install --quiet --target target/nvrtc nvidia-cuda-nvrtc==13.0.88
+	OVERSPILL_NVRTC_DIR=$(CURDIR)/target/nvrtc/nvidia/cu13/lib OVERSPILL_REQUIRE_NVRTC=1 \
+	    cargo test --quiet -p overspill-device --test kernels
 
 test-python: build  ## pytest, stubs against the extension
 	$(IN) maturin generate-stubs --release --quiet --out target/stubs
