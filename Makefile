@@ -31,7 +31,7 @@ $(VENV)/.built: $(VENV)/.synced $(RUST)
 	@touch $@
 
 stubs: build  ## the type stubs of the extension, from the extension
-	$(IN) maturin generate-stubs --release --quiet --out target/stubs
+	$(IN) maturin generate-stubs --profile release --quiet --out target/stubs
 	$(IN) ruff format --quiet --stdin-filename _native.pyi - < target/stubs/overspill/_native.pyi > python/overspill/_native.pyi
 
 # ---- checks ------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ kernels: $(VENV)/.synced  ## every kernel for six architectures against docs/ker
 	    cargo test --quiet -p overspill-device --test kernels
 
 test-python: build  ## pytest, stubs against the extension
-	$(IN) maturin generate-stubs --release --quiet --out target/stubs
+	$(IN) maturin generate-stubs --profile release --quiet --out target/stubs
 	$(IN) ruff format --quiet --stdin-filename _native.pyi - < target/stubs/overspill/_native.pyi \
 	    | diff -u python/overspill/_native.pyi - || { echo "stubs are stale: make stubs"; exit 1; }
 	$(IN) python -m mypy.stubtest overspill._native

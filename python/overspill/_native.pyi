@@ -6,17 +6,7 @@ from _typeshed import SupportsGetItem
 from os import PathLike
 from typing import Any, Final, SupportsFloat, SupportsIndex, final
 
-__all__ = [
-    "__version__",
-    "Engine",
-    "Onboarding",
-    "Planner",
-    "Slot",
-    "TpdePatch",
-    "malloc_bytes_in_use",
-    "run_cli",
-    "tpde_pack",
-]
+__all__ = ["__version__", "Engine", "Onboarding", "Planner", "Slot", "malloc_bytes_in_use"]
 
 __version__: Final[str]
 
