@@ -120,6 +120,7 @@ class Storm:
         plan = self._planner.plan_json()
         return {
             "vram_budget_bytes": self.vram_budget_bytes,
+            "peak_bytes": self._planner.peak_bytes,
             "held_bytes": self._planner.held_bytes,
             "live_units": len(self._units),
             "units": dict(self._counts),

@@ -90,6 +90,12 @@ impl Planner {
         self.lock().held_bytes()
     }
 
+    /// Most bytes allocated on the device at any time.
+    #[getter]
+    fn peak_bytes(&self) -> u64 {
+        self.lock().peak_bytes()
+    }
+
     /// The plan in force as JSON (`actions`, `predicted`), or None before the first step is over.
     fn plan_json(&self) -> PyResult<Option<String>> {
         let planner = self.lock();

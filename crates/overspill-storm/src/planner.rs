@@ -48,6 +48,8 @@ pub struct Planner {
     fixed_bytes: u64,
     /// Hidden working sets measured by steps so far; only grows.
     hidden_bytes: u64,
+    /// Most bytes allocated at any time, as far as anybody has said.
+    peak_bytes: u64,
     plan: Option<(Vec<u64>, Plan)>,
     step: Step,
     first_id: u64,
@@ -97,7 +99,7 @@ impl Planner {
                 budget_bytes: limits.budget_bytes,
             });
         }
-        Ok(Self { limits, fixed_bytes, hidden_bytes: 0, plan: None, step: Step::default(), first_id: 0 })
+        Ok(Self { limits, fixed_bytes, hidden_bytes: 0, peak_bytes: 0, plan: None, step: Step::default(), first_id: 0 })
     }
 
     /// A tensor of `bytes` was saved: which unit it is and what to do with it.
@@ -210,6 +212,12 @@ impl Planner {
         self.step.held_bytes
     }
 
+    /// Most bytes allocated on the device at any time since the planner was made.
+    #[must_use]
+    pub fn peak_bytes(&self) -> u64 {
+        self.peak_bytes
+    }
+
     /// The plan in force, if a step has been recorded.
     #[must_use]
     pub fn plan(&self) -> Option<&Plan> {
@@ -238,6 +246,7 @@ impl Planner {
         let hidden = peak_bytes.map_or(0, |peak| peak.saturating_sub(sampled));
         let overran = self.step.peak_bytes + hidden > self.limits.budget_bytes;
         self.hidden_bytes = self.hidden_bytes.max(hidden);
+        self.peak_bytes = self.peak_bytes.max(sampled + hidden);
         let known = self.plan.as_ref().is_some_and(|(planned, _)| *planned == sizes);
         if !known || overran {
             self.step.record.hidden_bytes = self.hidden_bytes;
@@ -249,6 +258,7 @@ impl Planner {
     fn event(&mut self, sample: Sample) -> usize {
         let step = &mut self.step;
         step.peak_bytes = step.peak_bytes.max(sample.allocated_bytes);
+        self.peak_bytes = self.peak_bytes.max(step.peak_bytes);
         step.record.events.push(Event {
             time_us: sample.now_us - step.began_us - step.stalled_us,
             other_bytes: sample.allocated_bytes.saturating_sub(step.held_bytes),

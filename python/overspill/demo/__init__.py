@@ -1,0 +1,1 @@
+"""``python -m overspill.demo``: a real model on real text, under half the memory it needs."""
