@@ -18,9 +18,14 @@ class CpuEdge:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     engine_name: str = "cpu"
 
+    peak_before_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        _native.return_freed_tensors()
+
     def allocated_bytes(self) -> int:
-        """Bytes that malloc has handed out in this process, torch's tensors among them."""
-        return _native.malloc_bytes_in_use()
+        """Anonymous memory of the process that is resident: tensors, heap, staging for the disk."""
+        return _native.process_memory()[0]
 
     def free_bytes(self) -> int:
         """Bytes that a process can still take."""
@@ -35,10 +40,15 @@ class CpuEdge:
 
     def reset_peak(self) -> None:
         """Begins a new measurement of the peak."""
+        self.peak_before_bytes = _native.resident_peak_bytes()
 
     def peak_bytes(self) -> int | None:
-        """Most bytes allocated since ``reset_peak``, or None where nobody counts them."""
-        return None
+        """Most bytes since ``reset_peak``, or None if an earlier peak of the process hides it."""
+        peak = _native.resident_peak_bytes()
+        if peak <= self.peak_before_bytes:
+            return None
+        anonymous, resident = _native.process_memory()
+        return peak - (resident - anonymous)
 
 
 @dataclass

@@ -6,7 +6,16 @@ from _typeshed import SupportsGetItem
 from os import PathLike
 from typing import Any, Final, SupportsFloat, SupportsIndex, final
 
-__all__ = ["__version__", "Engine", "Onboarding", "Planner", "Slot", "malloc_bytes_in_use"]
+__all__ = [
+    "__version__",
+    "Engine",
+    "Onboarding",
+    "Planner",
+    "Slot",
+    "process_memory",
+    "resident_peak_bytes",
+    "return_freed_tensors",
+]
 
 __version__: Final[str]
 
@@ -142,6 +151,11 @@ class Planner:
         """
         A tensor was saved: `(unit, keep)`.
         """
+    @property
+    def peak_bytes(self, /) -> int:
+        """
+        Most bytes allocated on the device at any time.
+        """
     def plan_json(self, /) -> str | None:
         """
         The plan in force as JSON (`actions`, `predicted`), or None before the first step is over.
@@ -162,100 +176,19 @@ class Slot:
         Length in bytes.
         """
 
-@final
-class TpdePatch:
+def process_memory() -> tuple[int, int]:
     """
-    An opened patch.
+    Anonymous and all resident bytes of this process; zeros where the system does not say.
     """
-    def __new__(cls, /, source: str | PathLike[str] | SupportsGetItem[int, SupportsIndex]) -> TpdePatch: ...
-    def apply(
-        self,
-        /,
-        base: str
-        | PathLike[str]
-        | SupportsGetItem[
-            int, tuple[str, str, SupportsGetItem[int, SupportsIndex], SupportsIndex, SupportsIndex]
-        ]
-        | None,
-        output: str | PathLike[str],
-        *,
-        memory_bytes: SupportsIndex,
-        threads: SupportsIndex,
-        progress: Any | None = None,
-    ) -> str:
-        """
-        Writes the state that it makes to `output`; returns its state id.
-        """
-    def apply_into(
-        self,
-        /,
-        base: str
-        | PathLike[str]
-        | SupportsGetItem[
-            int, tuple[str, str, SupportsGetItem[int, SupportsIndex], SupportsIndex, SupportsIndex]
-        ]
-        | None,
-        outs: SupportsGetItem[int, tuple[SupportsIndex, SupportsIndex]],
-        *,
-        base_id: str | None,
-        memory_bytes: SupportsIndex,
-        threads: SupportsIndex,
-        progress: Any | None = None,
-    ) -> str:
-        """
-        Decodes into buffers, (address, bytes) of each tensor in the order of `tensors()`; returns the state id.
 
-        With `base_id` the base is taken to be that state and is not hashed.
-        """
-    @property
-    def base_id(self, /) -> str | None:
-        """
-        State that it starts from.
-        """
-    @property
-    def final_id(self, /) -> str:
-        """
-        State that it makes.
-        """
-    def inspect(self, /, memory_bytes: SupportsIndex, threads: SupportsIndex) -> str:
-        """
-        The report of `overspill tpde inspect --json`.
-        """
-    @property
-    def kind(self, /) -> str:
-        """
-        "standalone", "relative" or "absolute".
-        """
-    @property
-    def packed_bytes(self, /) -> int:
-        """
-        Size of the patch.
-        """
-    def tensors(self, /) -> list[tuple[str, str, list[int], int]]:
-        """
-        (name, dtype, shape, bytes) of every tensor that it makes.
-        """
-    def verify(
-        self,
-        /,
-        base: str
-        | PathLike[str]
-        | SupportsGetItem[
-            int, tuple[str, str, SupportsGetItem[int, SupportsIndex], SupportsIndex, SupportsIndex]
-        ]
-        | None,
-        *,
-        memory_bytes: SupportsIndex,
-        threads: SupportsIndex,
-        progress: Any | None = None,
-    ) -> bool:
-        """
-        Checks every byte and, where the base is given or none is needed, the result; says whether it decoded.
-        """
-
-def malloc_bytes_in_use() -> int:
+def resident_peak_bytes() -> int:
     """
-    Bytes that malloc has handed out in this process and not got back.
+    Most bytes of this process that were ever resident; 0 where the system does not say.
+    """
+
+def return_freed_tensors() -> None:
+    """
+    Makes malloc give freed tensors back to the operating system at once.
     """
 
 def run_cli(args: SupportsGetItem[int, str]) -> int:

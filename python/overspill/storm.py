@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ import torch
 from ._edge import edge_for
 from ._native import Engine, Planner
 from ._saved import Saved, Unit, span
-from ._units import parse_bytes
+from ._units import format_bytes, parse_bytes
 
 _MIB = 2**20
 
@@ -35,9 +36,9 @@ class Storm:
     Args:
         model: the model that is trained; its parameters and buffers are left alone.
         vram_budget: bytes (an int or text such as "12GiB") that torch may have allocated on the
-            model's device, everything included. Default: what is free, less a tenth.
+            model's device, everything included; without a GPU, the anonymous memory of the process. Default: what is free, less a tenth.
         host_budget: bytes of host memory for what was sent away (page-locked with a GPU). Default:
-            half of what is free; without a GPU, where host memory is the device's own, 128 MiB to
+            half of what is free; without a GPU, where host memory is the device's own, 64 MiB to
             stage what goes to disk.
         spill_dir: folder for what does not fit in host memory. Default: the temporary folder
             without a GPU, none with one.
@@ -91,6 +92,7 @@ class Storm:
         self._leaving_bytes = 0
         self._fixed_storages: set[int] = set()
         self._hooks: list[torch.autograd.graph.saved_tensors_hooks] = []
+        self._warned = False
         self._counts = {"kept": 0, "offloaded": 0, "left_alone": 0}
 
     # ---- the context -------------------------------------------------------------------------
@@ -121,6 +123,7 @@ class Storm:
         return {
             "vram_budget_bytes": self.vram_budget_bytes,
             "peak_bytes": self._planner.peak_bytes,
+            "over_budget_bytes": max(self._planner.peak_bytes - self.vram_budget_bytes, 0),
             "held_bytes": self._planner.held_bytes,
             "live_units": len(self._units),
             "units": dict(self._counts),
@@ -227,6 +230,20 @@ class Storm:
                 continue
             self._engine.release_source(unit.slot, self._edge.stream())
             self._forget_source(unit)
+        if over_budget and not self._warned:
+            self._warn_if_over_budget()
+
+    def _warn_if_over_budget(self) -> None:
+        """Says once that everything that may leave has left and the budget is still exceeded."""
+        allocated = self._edge.allocated_bytes()
+        if allocated > self.vram_budget_bytes:
+            self._warned = True
+            warnings.warn(
+                f"vram_budget of {format_bytes(self.vram_budget_bytes)} is exceeded: "
+                f"{format_bytes(allocated)} are in use with all that may leave sent away; parameters, gradients, "
+                "and the operation at hand need the rest",
+                stacklevel=2,
+            )
 
     def _forget_source(self, unit: Unit) -> None:
         unit.source = None
@@ -300,7 +317,9 @@ class Storm:
             self._by_storage.pop(key, None)
         if unit.source is not None:
             self._forget_source(unit)
-        self._planner.free(unit.id, self._edge.allocated_bytes(), self._edge.peak_bytes())
+        # Only the end of the step uses the peak, and asking for it is not free.
+        peak_bytes = self._edge.peak_bytes() if len(self._units) <= 1 else None
+        self._planner.free(unit.id, self._edge.allocated_bytes(), peak_bytes)
 
     # ---- construction ------------------------------------------------------------------------
 
@@ -343,7 +362,7 @@ class Storm:
             self._edge.engine_name if seed is None else "sim",
             host_budget_bytes=host_bytes,
             slab_bytes=min(host_bytes, 1024 * _MIB),
-            segment_bytes=max(min(16 * _MIB, host_bytes // 4), 4096),
+            segment_bytes=max(min(16 * _MIB, host_bytes // 8), 4096),
             spill_dir=spill_dir,
             spill_limit_bytes=limit,
             eager_spill=not on_gpu,
@@ -355,7 +374,7 @@ class Storm:
     def _edge_host_default(on_gpu: bool) -> int:
         from ._edge import CpuEdge
 
-        return CpuEdge().free_bytes() // 2 if on_gpu else 128 * _MIB
+        return CpuEdge().free_bytes() // 2 if on_gpu else 64 * _MIB
 
 
 def _half_of_free_disk(folder: str) -> int:

@@ -20,10 +20,22 @@ mod _native {
     #[pymodule_export]
     use crate::tpde::{TpdePatch, tpde_pack};
 
-    /// Bytes that malloc has handed out in this process and not got back.
+    /// Anonymous and all resident bytes of this process; zeros where the system does not say.
     #[pyfunction]
-    fn malloc_bytes_in_use() -> u64 {
-        overspill_device::malloc_bytes_in_use()
+    fn process_memory() -> (u64, u64) {
+        overspill_device::process_memory().map_or((0, 0), |m| (m.anonymous_bytes, m.resident_bytes))
+    }
+
+    /// Most bytes of this process that were ever resident; 0 where the system does not say.
+    #[pyfunction]
+    fn resident_peak_bytes() -> u64 {
+        overspill_device::resident_peak_bytes().unwrap_or(0)
+    }
+
+    /// Makes malloc give freed tensors back to the operating system at once.
+    #[pyfunction]
+    fn return_freed_tensors() {
+        overspill_device::return_freed_tensors();
     }
 
     /// Runs the `overspill` command line, program name first, and returns its exit code.

@@ -26,7 +26,7 @@ pub use error::{Error, Result};
 pub use gate::Gate;
 pub use inflight::{InFlight, offload, onboard};
 pub use memory::{DeviceRange, HostExtent, HostSlab, Keep};
-pub use process::malloc_bytes_in_use;
+pub use process::{ProcessMemory, process_memory, resident_peak_bytes, return_freed_tensors};
 pub use traits::{
     Device, DeviceInfo, DeviceRef, Direction, Event, EventRef, HostQueue, Job, QueueRef, RawCopy, Stream,
     StreamRef,

@@ -99,7 +99,15 @@ impl Planner {
                 budget_bytes: limits.budget_bytes,
             });
         }
-        Ok(Self { limits, fixed_bytes, hidden_bytes: 0, peak_bytes: 0, plan: None, step: Step::default(), first_id: 0 })
+        Ok(Self {
+            limits,
+            fixed_bytes,
+            hidden_bytes: 0,
+            peak_bytes: 0,
+            plan: None,
+            step: Step::default(),
+            first_id: 0,
+        })
     }
 
     /// A tensor of `bytes` was saved: which unit it is and what to do with it.

@@ -55,6 +55,8 @@ def load(folder: Path, token_count: int, device: torch.device) -> tuple[torch.nn
 
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # out of the mapped file, into memory that counts
     model.config.use_cache = False
     model.train()
     return model, torch.load(folder / f"tokens-{token_count}.pt").to(device)
