@@ -12,9 +12,12 @@ __all__ = [
     "Onboarding",
     "Planner",
     "Slot",
+    "TpdePatch",
     "process_memory",
     "resident_peak_bytes",
     "return_freed_tensors",
+    "run_cli",
+    "tpde_pack",
 ]
 
 __version__: Final[str]
@@ -174,6 +177,97 @@ class Slot:
     def nbytes(self, /) -> int:
         """
         Length in bytes.
+        """
+
+@final
+class TpdePatch:
+    """
+    An opened patch.
+    """
+    def __new__(cls, /, source: str | PathLike[str] | SupportsGetItem[int, SupportsIndex]) -> TpdePatch: ...
+    def apply(
+        self,
+        /,
+        base: str
+        | PathLike[str]
+        | SupportsGetItem[
+            int, tuple[str, str, SupportsGetItem[int, SupportsIndex], SupportsIndex, SupportsIndex]
+        ]
+        | None,
+        output: str | PathLike[str],
+        *,
+        memory_bytes: SupportsIndex,
+        threads: SupportsIndex,
+        progress: Any | None = None,
+    ) -> str:
+        """
+        Writes the state that it makes to `output`; returns its state id.
+        """
+    def apply_into(
+        self,
+        /,
+        base: str
+        | PathLike[str]
+        | SupportsGetItem[
+            int, tuple[str, str, SupportsGetItem[int, SupportsIndex], SupportsIndex, SupportsIndex]
+        ]
+        | None,
+        outs: SupportsGetItem[int, tuple[SupportsIndex, SupportsIndex]],
+        *,
+        base_id: str | None,
+        memory_bytes: SupportsIndex,
+        threads: SupportsIndex,
+        progress: Any | None = None,
+    ) -> str:
+        """
+        Decodes into buffers, (address, bytes) of each tensor in the order of `tensors()`; returns the state id.
+
+        With `base_id` the base is taken to be that state and is not hashed.
+        """
+    @property
+    def base_id(self, /) -> str | None:
+        """
+        State that it starts from.
+        """
+    @property
+    def final_id(self, /) -> str:
+        """
+        State that it makes.
+        """
+    def inspect(self, /, memory_bytes: SupportsIndex, threads: SupportsIndex) -> str:
+        """
+        The report of `overspill tpde inspect --json`.
+        """
+    @property
+    def kind(self, /) -> str:
+        """
+        "standalone", "relative" or "absolute".
+        """
+    @property
+    def packed_bytes(self, /) -> int:
+        """
+        Size of the patch.
+        """
+    def tensors(self, /) -> list[tuple[str, str, list[int], int]]:
+        """
+        (name, dtype, shape, bytes) of every tensor that it makes.
+        """
+    def verify(
+        self,
+        /,
+        base: str
+        | PathLike[str]
+        | SupportsGetItem[
+            int, tuple[str, str, SupportsGetItem[int, SupportsIndex], SupportsIndex, SupportsIndex]
+        ]
+        | None,
+        *,
+        memory_bytes: SupportsIndex,
+        threads: SupportsIndex,
+        progress: Any | None = None,
+    ) -> bool:
+        """
+        Checks every byte and, where the base is given or none is needed, the result; says whether it decoded.
         """
 
 def process_memory() -> tuple[int, int]:
