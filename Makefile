@@ -67,6 +67,19 @@ deny: $(TOOLS)/bin/cargo-deny  ## licences, bans and sources of every dependency
 $(TOOLS)/bin/cargo-deny:
 	cargo install cargo-deny --locked --debug --quiet --version 0.20.2 --root $(TOOLS)
 
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS := index mode_s mode_d mode_w elias_zstd roundtrip
+
+fuzz: $(TOOLS)/bin/cargo-fuzz  ## every fuzz target for FUZZ_SECONDS (60) each; needs a nightly toolchain
+	@for target in $(FUZZ_TARGETS); do \
+	    echo "== $$target"; \
+	    RUSTUP_TOOLCHAIN=nightly $(TOOLS)/bin/cargo-fuzz run --fuzz-dir fuzz $$target -- -max_len=4096 -max_total_time=$(FUZZ_SECONDS) \
+	        -print_final_stats=1 || exit 1; \
+	done
+
+$(TOOLS)/bin/cargo-fuzz:
+	cargo install cargo-fuzz --locked --debug --quiet --version 0.13.2 --root $(TOOLS)
+
 # ---- demo, benchmarks --------------------------------------------------------------------------
 
 ifdef PYTHON
