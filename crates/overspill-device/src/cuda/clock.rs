@@ -44,6 +44,7 @@ impl RawEvent {
     }
 
     pub fn is_done(&self) -> Result<bool> {
+        let _entered = self.context.enter()?;
         // SAFETY: the event lives.
         match unsafe { sys::cuEventQuery(self.raw) } {
             CUresult::CUDA_ERROR_NOT_READY => Ok(false),
@@ -52,11 +53,14 @@ impl RawEvent {
     }
 
     pub fn synchronize(&self) -> Result<()> {
+        // The waiting thread may be one of ours, which has no context of its own.
+        let _entered = self.context.enter()?;
         // SAFETY: the event lives.
         check("cuEventSynchronize", unsafe { sys::cuEventSynchronize(self.raw) })
     }
 
     fn us_since(&self, earlier: &Self) -> Result<f64> {
+        let _entered = self.context.enter()?;
         let mut ms = 0.0;
         // SAFETY: both events live, are recorded, and were made with timing.
         let asked = unsafe { sys::cuEventElapsedTime(&raw mut ms, earlier.raw, self.raw) };

@@ -24,7 +24,7 @@ pub struct Candidate {
 pub fn candidates(folder: Option<&Path>) -> Vec<Candidate> {
     let mut folders: Vec<PathBuf> = folder.map(Path::to_owned).into_iter().collect();
     folders.extend(env::var_os(FOLDER_VARIABLE).map(PathBuf::from));
-    folders.extend(loaded_folders());
+    folders.extend(loaded_folders(&fs::read_to_string("/proc/self/maps").unwrap_or_default()));
     if let Some(root) = env::var_os("VIRTUAL_ENV") {
         folders.extend(
             entries(&Path::new(&root).join("lib"))
@@ -55,9 +55,8 @@ fn in_folder(folder: &Path) -> Option<Candidate> {
     Some(Candidate { nvrtc: newest("libnvrtc.so.")?, builtins: newest("libnvrtc-builtins.so.") })
 }
 
-/// Folders beside the libraries that this process has mapped.
-fn loaded_folders() -> Vec<PathBuf> {
-    let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+/// Folders beside the libraries that a process has mapped.
+fn loaded_folders(maps: &str) -> Vec<PathBuf> {
     let mapped: BTreeSet<&Path> =
         maps.lines().filter_map(|line| Some(Path::new(&line[line.find('/')?..]))).collect();
     let named = |path: &Path, prefix: &str| {
@@ -81,6 +80,18 @@ fn entries(folder: &Path) -> impl Iterator<Item = PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn looks_beside_the_libraries_of_torch() {
+        let maps = "7f00-7f01 r-xp 0 08:01 1  /env/lib/python3.12/site-packages/torch/lib/libtorch_cpu.so\n\
+            7f01-7f02 rw-p 0 00:00 0 \n\
+            7f02-7f03 r-xp 0 08:01 2  /opt/cuda/lib64/libnvrtc.so.13\n";
+        let packages = Path::new("/env/lib/python3.12/site-packages");
+        let mut expected = vec![PathBuf::from("/opt/cuda/lib64")];
+        expected.extend(package_folders(packages));
+        assert_eq!(loaded_folders(maps), expected);
+        assert_eq!(loaded_folders(""), Vec::<PathBuf>::new());
+    }
 
     #[test]
     fn takes_the_newest_and_its_builtins_and_nothing_else() {
