@@ -2,17 +2,18 @@
 The native half of overspill; use it through the `overspill` package.
 """
 
-from _typeshed import SupportsGetItem
 from os import PathLike
 from typing import Any, Final, SupportsFloat, SupportsIndex, final
 
+from _typeshed import SupportsGetItem
+
 __all__ = [
-    "__version__",
     "Engine",
     "Onboarding",
     "Planner",
     "Slot",
     "TpdePatch",
+    "__version__",
     "process_memory",
     "resident_peak_bytes",
     "return_freed_tensors",

@@ -9,8 +9,9 @@ import threading
 import numpy as np
 import pytest
 import torch
-from overspill import FormatError, OverspillError, TransferError, tpde
 from safetensors.torch import load_file, save_file
+
+from overspill import FormatError, OverspillError, TransferError, tpde
 
 BIT_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 DTYPES = [

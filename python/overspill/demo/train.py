@@ -85,7 +85,10 @@ def _digest(model: torch.nn.Module) -> str:
 
 def _progress(name: str, done: int, total: int, step: dict[str, Any]) -> None:
     bar = "#" * done + "." * (total - done)
-    print(f"  {name:<9} [{bar}] step {done}/{total}  loss {step['loss']:.4f}  {step['ms'] / 1e3:.1f} s", flush=True)
+    print(
+        f"  {name:<9} [{bar}] step {done}/{total}  loss {step['loss']:.4f}  {step['ms'] / 1e3:.1f} s",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

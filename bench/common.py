@@ -1,0 +1,99 @@
+"""The one form of a benchmark's result: ``bench/results/NAME.json``."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def row(
+    goal_id: str,
+    value: float | None,
+    unit: str,
+    *,
+    peer: str | None = None,
+    peer_value: float | None = None,
+    limit: str | None = None,
+    note: str = "",
+) -> dict[str, Any]:
+    """One figure, with what it is held against: a peer, and the physical limit."""
+    return {
+        "id": goal_id,
+        "value": value,
+        "unit": unit,
+        "peer": peer,
+        "peer_value": peer_value,
+        "limit": limit,
+        "note": note,
+    }
+
+
+def write_results(name: str, rows: list[dict[str, Any]], folder: Path | None = None) -> Path:
+    """Writes ``name``.json with the machine, the commit, the date and the versions beside ``rows``."""
+    folder = folder or Path(os.environ.get("OUT", RESULTS))
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {
+        "machine": machine(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "rows": rows,
+    }
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path
+
+
+def machine() -> str:
+    """Processor, cores, and GPU with its driver."""
+    model = platform.processor()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    cores = len(os.sched_getaffinity(0))
+    gpu = _gpu()
+    return f"{model}, {cores} cores" + (f"; {gpu}" if gpu else "")
+
+
+def _gpu() -> str:
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f"{len(lines)} x {lines[0]}" if lines else ""
+
+
+def commit() -> str:
+    """The commit that was measured; "COMMIT" in the environment where there is no checkout."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
+    here = Path(__file__).parent
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return head.stdout.strip() or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what took part."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "overspill", "numpy"):
+        if name in sys.modules:
+            found[name] = str(getattr(sys.modules[name], "__version__", "?"))
+    if "torch" in sys.modules and sys.modules["torch"].version.cuda:
+        found["cuda"] = sys.modules["torch"].version.cuda
+    return found
+
+
+def median(values: list[float]) -> float:
+    """The middle value."""
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]

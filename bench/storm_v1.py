@@ -1,0 +1,279 @@
+"""STORM's starting line on a GPU: links, hooks, and what saving activation memory costs by each method.
+
+Llama blocks (transformers' own decoder layers, random weights, bf16, SDPA), 16,384 tokens in four
+sequences of 4,096, no optimizer. Per width: keep-all, STORM at half and at a quarter of keep-all's
+activation peak, ``save_on_cpu(pin_memory=True)``, gradient checkpointing, and TRL's
+``OffloadActivations`` where it is installed. Activation peak = most bytes allocated in the step less
+parameters and gradients. The link is measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+import overspill
+from common import row, write_results
+from overspill import Storm
+from overspill._native import Engine
+
+TOKENS, SEQUENCE = 16_384, 4_096
+SHAPES = {2048: 16, 4096: 8, 8192: 4}
+GB = 1e9
+
+
+class Blocks(torch.nn.Module):
+    """Decoder layers between an input and a mean: what a step saves, without an embedding or a loss."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        config = LlamaConfig(
+            hidden_size=width,
+            intermediate_size=int(width * 2.6875) // 256 * 256,
+            num_attention_heads=width // 128,
+            num_key_value_heads=width // 128,
+            num_hidden_layers=layers,
+            max_position_embeddings=SEQUENCE,
+            attn_implementation="sdpa",
+        )
+        self.layers = torch.nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(layers))
+        self.rotary = LlamaRotaryEmbedding(config)
+        self.checkpoint = False
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        rotation = self.rotary(hidden, positions)
+        for layer in self.layers:
+            if self.checkpoint:
+                hidden = torch.utils.checkpoint.checkpoint(
+                    _run_layer, layer, hidden, rotation, use_reentrant=False
+                )
+            else:
+                hidden = _run_layer(layer, hidden, rotation)
+        return hidden.float().pow(2).mean()
+
+
+def _run_layer(layer: Any, hidden: torch.Tensor, rotation: Any) -> torch.Tensor:
+    out = layer(hidden, position_embeddings=rotation, attention_mask=None)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def measure(model: Blocks, x: torch.Tensor, context: Any, steps: int) -> dict[str, float]:
+    """Median step time in ms and the activation peak in bytes, after two steps of warm-up."""
+    times, peaks = [], []
+    fixed = sum(2 * p.numel() * p.element_size() for p in model.parameters()) + x.numel() * x.element_size()
+    with context:
+        for n in range(steps + 2):
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            begin = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            begin.record()
+            model(x).backward()
+            end.record()
+            torch.cuda.synchronize()
+            if n >= 2:
+                times.append(begin.elapsed_time(end))
+                peaks.append(torch.cuda.max_memory_allocated())
+    return {"ms": statistics.median(times), "peak": max(peaks) - fixed, "total_peak": max(peaks)}
+
+
+def raw_link() -> dict[str, float]:
+    """Pinned copies of 1 GiB each way, GB/s, by events: the limit."""
+    device = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    host = torch.empty(2**30, dtype=torch.uint8, pin_memory=True).random_()
+    speeds = {}
+    for name, copy in {
+        "d2h": lambda: host.copy_(device, non_blocking=True),
+        "h2d": lambda: device.copy_(host, non_blocking=True),
+    }.items():
+        speeds[name] = _gbps(copy, 2**30)
+    return speeds
+
+
+def _gbps(copy: Callable[[], object], count: int, repeats: int = 7) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        copy()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return count / statistics.median(times[1:]) / 1e6
+
+
+def engine_link() -> dict[str, float]:
+    """The engine moving sixteen tensors of 64 MiB each way: bytes over the busy time of its copies."""
+    import json
+
+    begin = time.perf_counter()
+    engine = Engine(
+        "cuda:0", host_budget_bytes=2**30, slab_bytes=2**30, segment_bytes=2**26, eager_spill=False
+    )
+    engine.reserve_host()
+    reserve_s = time.perf_counter() - begin
+    tensors = [torch.empty(2**26, dtype=torch.uint8, device="cuda").random_() for _ in range(16)]
+    stream = torch.cuda.current_stream().cuda_stream
+    back = [torch.empty_like(t) for t in tensors]
+    for _ in range(3):
+        torch.cuda.synchronize()
+        slots = [engine.offload(t.data_ptr(), t.numel(), t, stream) for t in tensors]
+        engine.drain()
+        onboardings = [
+            engine.onboard(s, b.data_ptr(), b.numel(), b, stream, prefetch=True)
+            for s, b in zip(slots, back, strict=True)
+        ]
+        for onboarding in onboardings:
+            onboarding.wait(stream)
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(tensors, back, strict=True))
+        del slots, onboardings
+    engine.drain()
+    counters = json.loads(engine.counters_json())
+    flows = counters["flows"]
+    return {
+        "d2h": flows["offload"]["bytes"] / flows["offload"]["busy_us"] / 1e3,
+        "h2d": flows["prefetch"]["bytes"] / flows["prefetch"]["busy_us"] / 1e3,
+        "outstanding": counters["pool"]["bytes_in_use"],
+        "reserve_s_per_gib": reserve_s,
+    }
+
+
+def timed_hooks(storm: Storm) -> list[float]:
+    """Makes ``storm`` note the CPU time of each hook, in microseconds."""
+    times: list[float] = []
+
+    def timed(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def run(argument: Any) -> Any:
+            begin = time.perf_counter()
+            result = hook(argument)
+            times.append((time.perf_counter() - begin) * 1e6)
+            return result
+
+        return run
+
+    storm._pack, storm._unpack = timed(storm._pack), timed(storm._unpack)  # type: ignore[method-assign]
+    return times
+
+
+def trl_offload(model: torch.nn.Module) -> Any:
+    """TRL's context manager, or None where it does not load."""
+    try:
+        from trl.models.activation_offloading import OffloadActivations
+    except Exception as error:
+        print(f"TRL's OffloadActivations does not load here: {error!r}", file=sys.stderr)
+        return None
+    return OffloadActivations()
+
+
+def bench_width(width: int, layers: int, steps: int, link: dict[str, float]) -> list[dict[str, Any]]:
+    """All methods at one width."""
+    torch.manual_seed(0)
+    model = Blocks(width, layers).to("cuda", torch.bfloat16)
+    x = torch.randn(TOKENS // SEQUENCE, SEQUENCE, width, device="cuda", dtype=torch.bfloat16)
+    x.requires_grad_(True)
+    model(x).backward()
+    keep = measure(model, x, contextlib.nullcontext(), steps)
+    fixed = keep["total_peak"] - keep["peak"]
+    rows = []
+
+    def add(name: str, got: dict[str, float], note: str = "") -> None:
+        ratio, share = got["ms"] / keep["ms"], got["peak"] / keep["peak"]
+        print(
+            f"h={width} {name:<28} {got['ms']:9.1f} ms  {ratio:6.3f}x  peak {share:5.2f} ({got['peak'] / GB:.2f} GB)"
+        )
+        rows.append(
+            row(
+                f"storm_v1.h{width}.{name}",
+                got["ms"],
+                "ms",
+                peer="keep-all",
+                peer_value=keep["ms"],
+                limit=f"link {link['d2h']:.1f} / {link['h2d']:.1f} GB/s",
+                note=f"activation peak {got['peak'] / GB:.3f} GB = {share:.3f} of keep-all; random weights; {note}",
+            )
+        )
+
+    add("keep_all", keep, f"{layers} layers, {TOKENS} tokens, bf16")
+    for divisor in (2, 4):
+        budget = int(fixed + keep["peak"] / divisor)
+        storm = Storm(model, vram_budget=budget, host_budget="48GiB")
+        hooks = timed_hooks(storm)
+        got = measure(model, x, storm, steps)
+        storm.close()
+        report = storm.report()
+        add(f"storm_{divisor}x", got, f"predicted {report['predicted']}; flows {report['flows']}")
+        rows.append(row(f"storm_v1.h{width}.hook_us_{divisor}x", statistics.median(hooks), "us"))
+        rows.append(row(f"storm_v1.h{width}.pool_{divisor}x", report["pool"]["bytes_in_use"], "bytes"))
+        del storm
+        gc.collect()
+    trl = trl_offload(model)
+    peers = {"save_on_cpu_pinned": torch.autograd.graph.save_on_cpu(pin_memory=True)}
+    if trl is not None:
+        peers["trl_offload_activations"] = trl
+    for name, context in peers.items():
+        try:
+            add(name, measure(model, x, context, max(steps // 2, 1)))
+        except Exception as error:
+            print(f"h={width} {name}: {error!r}", file=sys.stderr)
+        gc.collect()
+        torch.cuda.empty_cache()
+    model.checkpoint = True
+    add("checkpointing", measure(model, x, contextlib.nullcontext(), steps))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--widths", type=int, nargs="+", default=list(SHAPES))
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--name", default="storm_v1")
+    options = parser.parse_args()
+    print(f"overspill {overspill.__version__}, torch {torch.__version__}, {torch.cuda.get_device_name()}")
+    link, engine = raw_link(), engine_link()
+    shares = {way: engine[way] / link[way] for way in ("d2h", "h2d")}
+    for way in ("d2h", "h2d"):
+        print(f"{way}: raw {link[way]:.1f} GB/s, engine {engine[way]:.1f} GB/s, share {shares[way]:.3f}")
+    rows = [
+        row(
+            f"storm.{way}_share_of_raw",
+            shares[way],
+            "share",
+            peer="torch pinned copy of 1 GiB",
+            peer_value=link[way],
+            limit="PCIe Gen5 x16",
+            note=f"engine {engine[way]:.2f} GB/s over the busy time of 48 copies of 64 MiB, bytes compared",
+        )
+        for way in ("d2h", "h2d")
+    ]
+    rows.append(row("storm_v1.reserve_s_per_gib", engine["reserve_s_per_gib"], "s"))
+    for width in options.widths:
+        rows += bench_width(width, SHAPES[width], options.steps, link)
+        gc.collect()
+        torch.cuda.empty_cache()
+    hooks = [r["value"] for r in rows if ".hook_us_" in r["id"]]
+    pools = [r["value"] for r in rows if ".pool_" in r["id"]]
+    rows.append(
+        row("storm.hook_us", max(hooks), "us", note="median over all hooks, the worst width and budget")
+    )
+    rows.append(row("storm.pool_outstanding_bytes", max(pools) + engine["outstanding"], "bytes"))
+    print(f"hook median {max(hooks):.1f} us; outstanding {max(pools) + engine['outstanding']:.0f} bytes")
+    print(write_results(options.name, rows))
+
+
+if __name__ == "__main__":
+    main()
