@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib.util
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -172,12 +174,19 @@ def timed_hooks(storm: Storm) -> list[float]:
 
 def trl_offload(model: torch.nn.Module) -> Any:
     """TRL's context manager, or None where it does not load."""
+    spec = importlib.util.find_spec("trl")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    # The one file: the package around it asks for a whole training stack.
+    path = Path(spec.submodule_search_locations[0]) / "models" / "activation_offloading.py"
     try:
-        from trl.models.activation_offloading import OffloadActivations
+        loaded = importlib.util.spec_from_file_location("trl_activation_offloading", path)
+        module = importlib.util.module_from_spec(loaded)
+        loaded.loader.exec_module(module)
+        return module.OffloadActivations()
     except Exception as error:
         print(f"TRL's OffloadActivations does not load here: {error!r}", file=sys.stderr)
         return None
-    return OffloadActivations()
 
 
 def bench_width(width: int, layers: int, steps: int, link: dict[str, float]) -> list[dict[str, Any]]:
