@@ -33,7 +33,13 @@ pub fn apply(
 ) -> Result<StateId> {
     let (workers, meter) = prepare(patch, base, None, options, progress)?;
     let output = Output::create(patch, target)?;
-    let made = run(patch, base, &workers, &meter, |_, segment, bytes| output.write(patch, segment, bytes))?;
+    let made = run(patch, base, &workers, &meter, |_, segment, decode| {
+        let mut buffer = workers.buffer(segment.raw_bytes());
+        decode(&mut buffer)?;
+        output.write(patch, segment, &buffer)?;
+        workers.give_back(buffer);
+        Ok(())
+    })?;
     expect_final(patch, made)?;
     output.commit()?;
     Ok(made)
@@ -56,9 +62,8 @@ pub fn apply_into(
 ) -> Result<StateId> {
     let slots = cut(patch, outs)?;
     let (workers, meter) = prepare(patch, base, known_base, options, progress)?;
-    let made = run(patch, base, &workers, &meter, |i, _, bytes| {
-        slots[i].lock().unwrap_or_else(PoisonError::into_inner).copy_from_slice(bytes);
-        Ok(())
+    let made = run(patch, base, &workers, &meter, |i, _, decode| {
+        decode(&mut slots[i].lock().unwrap_or_else(PoisonError::into_inner))
     })?;
     expect_final(patch, made)?;
     Ok(made)
@@ -134,33 +139,41 @@ fn check_tensors(patch: &Patch<'_>, base: &Checkpoint<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Decodes every segment, hands its number and bytes to `take` on a worker, and returns the state made.
+/// Decodes one segment into the buffer it is given and hashes it.
+pub(crate) type Decode<'d> = &'d mut dyn FnMut(&mut [u8]) -> Result<()>;
+
+/// Decodes every segment on a worker, into the buffer that `place` has for it, and returns the state made.
+///
+/// `place` gets the segment's number, the segment, and the function to call with a buffer of its size.
 pub(crate) fn run(
     patch: &Patch<'_>,
     base: Option<&Checkpoint<'_>>,
     workers: &Workers,
     meter: &Meter<'_>,
-    take: impl Fn(usize, &Segment, &[u8]) -> Result<()> + Sync,
+    place: impl Fn(usize, &Segment, Decode<'_>) -> Result<()> + Sync,
 ) -> Result<StateId> {
     let jobs: Vec<(usize, &Segment)> = patch.segments.iter().enumerate().collect();
     let mut hashes: Vec<SegmentHash> = Vec::with_capacity(jobs.len());
     workers.run(
         &jobs,
-        |(_, segment)| segment.spec.words * segment.spec.dtype.word_bytes(),
+        |(_, segment)| segment.raw_bytes(),
         |&(i, segment)| {
-            let mut scratch = Vec::new();
+            let mut scratch = workers.buffer(0);
             let old = match base {
                 Some(base) if segment.spec.base != BaseKind::None => {
                     read_base(patch, base, segment, &mut scratch)?
                 }
                 _ => &[],
             };
-            let mut bytes = vec![0; segment.spec.words * segment.spec.dtype.word_bytes()];
-            patch.decode(segment, old, &mut bytes)?;
-            let hash = hash_segment(&bytes);
-            take(i, segment, &bytes)?;
-            meter.add(bytes.len());
-            Ok(hash)
+            let mut hash = None;
+            place(i, segment, &mut |buffer| {
+                patch.decode(segment, old, buffer)?;
+                hash = Some(hash_segment(buffer));
+                Ok(())
+            })?;
+            workers.give_back(scratch);
+            meter.add(segment.raw_bytes());
+            hash.ok_or_else(|| Error::misuse("a segment without a buffer"))
         },
         |_, hash| {
             hashes.push(hash);

@@ -93,6 +93,13 @@ pub(crate) struct Segment {
     pub head_bytes: usize,
 }
 
+impl Segment {
+    /// Bytes of its final words.
+    pub fn raw_bytes(&self) -> usize {
+        self.spec.words * self.spec.dtype.word_bytes()
+    }
+}
+
 /// An opened patch.
 #[derive(Debug)]
 pub struct Patch<'a> {
@@ -235,7 +242,7 @@ impl<'a> Patch<'a> {
 
     /// Raw bytes of the largest segment.
     pub(crate) fn largest_segment_bytes(&self) -> usize {
-        self.segments.iter().map(|s| s.spec.words * s.spec.dtype.word_bytes()).max().unwrap_or(0)
+        self.segments.iter().map(Segment::raw_bytes).max().unwrap_or(0)
     }
 
     /// Reads a segment's payloads and hands its view to `use_view`; codec errors get their place.

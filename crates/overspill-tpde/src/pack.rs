@@ -175,7 +175,9 @@ fn pack_sections(
         &jobs,
         Job::raw_bytes,
         |job| {
-            let done = run_job(job, base, final_state, kind, options)?;
+            let mut scratch = [workers.buffer(0), workers.buffer(0)];
+            let done = run_job(job, base, final_state, kind, options, &mut scratch)?;
+            scratch.into_iter().for_each(|buffer| workers.give_back(buffer));
             meter.add(job.raw_bytes());
             Ok(done)
         },
@@ -223,11 +225,11 @@ fn run_job(
     final_state: &Checkpoint<'_>,
     kind: PatchKind,
     options: &PackOptions,
+    [base_scratch, final_scratch]: &mut [Vec<u8>; 2],
 ) -> Result<Done> {
-    let (mut base_scratch, mut final_scratch) = (Vec::new(), Vec::new());
     let old = match (base, job.base_tensor) {
         (Some(base), Some((_, tensor))) => {
-            Some(tensor.read(base.store(tensor), job.first_word, job.words, &mut base_scratch)?)
+            Some(tensor.read(base.store(tensor), job.first_word, job.words, base_scratch)?)
         }
         _ => None,
     };
@@ -235,7 +237,7 @@ fn run_job(
     let Some((_, tensor)) = job.final_tensor else {
         return Ok(Done { encoded: None, final_hash: None, base_hash });
     };
-    let new = tensor.read(final_state.store(tensor), job.first_word, job.words, &mut final_scratch)?;
+    let new = tensor.read(final_state.store(tensor), job.first_word, job.words, final_scratch)?;
     let final_hash = if old == Some(new) { base_hash } else { Some(hash_segment(new)) };
     let Kind::Plain(dtype) = tensor.kind else {
         return Err(Error::tensor(&final_state.path, &tensor.name, None, "only a base may be quantized"));

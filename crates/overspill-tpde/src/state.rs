@@ -118,10 +118,11 @@ pub(crate) fn hash_checkpoint(
         &jobs,
         |job| job.tensor.kind.bytes_of(job.words as u64) as usize,
         |job| {
-            let mut scratch = Vec::new();
+            let mut scratch = workers.buffer(0);
             let bytes = job.tensor.read(job.store, job.first_word, job.words, &mut scratch)?;
             let hash = hash_segment(bytes);
             meter.add(bytes.len());
+            workers.give_back(scratch);
             Ok(hash)
         },
         |_, hash| {

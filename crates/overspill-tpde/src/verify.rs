@@ -45,7 +45,12 @@ pub fn verify(
         return Ok(Verification { patch_bytes, decoded: false });
     }
     let (workers, meter) = prepare(patch, base, None, options, progress)?;
-    let made = run(patch, base, &workers, &meter, |_, _, _| Ok(()))?;
+    let made = run(patch, base, &workers, &meter, |_, segment, decode| {
+        let mut buffer = workers.buffer(segment.raw_bytes());
+        decode(&mut buffer)?;
+        workers.give_back(buffer);
+        Ok(())
+    })?;
     expect_final(patch, made)?;
     Ok(Verification { patch_bytes, decoded: true })
 }

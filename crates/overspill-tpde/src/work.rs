@@ -1,6 +1,7 @@
 //! Segments over cores, within a memory budget, results in order.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 
@@ -32,6 +33,7 @@ const BUFFERS_A_SEGMENT: usize = 6;
 pub(crate) struct Workers {
     pool: rayon::ThreadPool,
     group_bytes: usize,
+    buffers: Mutex<Vec<Vec<u8>>>,
 }
 
 impl Workers {
@@ -45,7 +47,7 @@ impl Workers {
             .num_threads(cores.min(fed).max(1))
             .build()
             .map_err(|error| Error::misuse(format!("cannot start threads: {error}")))?;
-        Ok(Workers { pool, group_bytes: options.memory_bytes / 4 })
+        Ok(Workers { pool, group_bytes: options.memory_bytes / 4, buffers: Mutex::default() })
     }
 
     /// Runs `work` on every job, in groups of bounded size, and hands results to `sink` in order.
@@ -73,6 +75,23 @@ impl Workers {
             start = end;
         }
         Ok(())
+    }
+
+    /// A buffer of `bytes` bytes with any content: one given back, or a new one. Fresh memory costs a page fault
+    /// every 4 KiB, about as much as decoding into it.
+    pub fn buffer(&self, bytes: usize) -> Vec<u8> {
+        let mut buffer = self.lock_buffers().pop().unwrap_or_default();
+        buffer.resize(bytes, 0);
+        buffer
+    }
+
+    /// Keeps a buffer for [`Workers::buffer`]; there are never more than were taken at once.
+    pub fn give_back(&self, buffer: Vec<u8>) {
+        self.lock_buffers().push(buffer);
+    }
+
+    fn lock_buffers(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.buffers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs `work` where rayon's own parallel calls use this pool.

@@ -1,0 +1,373 @@
+#!/usr/bin/env python3
+"""TPDE on the CPU: ratios against bounds and peers on the same bytes, and speed. Writes bench/results/tpde_cpu.json.
+
+usage: tpde_cpu.py DATA_DIR [--only speed,ratios,long,big] [--out FILE]
+
+DATA_DIR is what `tpde_workloads.py` made. `ratios` takes about 6 minutes on 2 cores, `speed` half a minute,
+`big` (a 6 GB checkpoint under a 2 GiB address-space limit, in a scratch folder) two. A run of some parts
+replaces their rows and keeps the others. Needs overspill, torch, safetensors, zstandard, zipnn, pcodec, blosc2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import tpde_peers as peers
+from overspill import tpde
+from safetensors.torch import load_file
+
+RESULTS = Path(__file__).parent / "results" / "tpde_cpu.json"
+# (run, from step, to step): the rows of the table of real steps, and checkpoints 500 steps apart.
+REAL_STEPS = [
+    *(("smollm-lr1e-6", a, b) for a, b in (("00", "01"), ("02", "03"), ("05", "06"))),
+    *(("smollm-lr1e-5", a, b) for a, b in (("00", "01"), ("05", "06"))),
+    *(("smollm-lr5e-5", a, b) for a, b in (("00", "01"), ("02", "03"))),
+    *(("minilm-lr1e-6", a, b) for a, b in (("00", "01"), ("05", "06"), ("09", "10"), ("00", "10"))),
+    *(("minilm-lr1e-5", a, b) for a, b in (("05", "06"), ("00", "10"))),
+    *(("minilm-lr5e-5", a, b) for a, b in (("00", "01"), ("09", "10"))),
+    *(("minilm-long-lr1e-5", a, b) for a, b in (("499", "500"), ("000", "500"))),
+]
+DENSEST_FOR_XOR_GOAL_PCT = 3.0
+PROVENANCE = {
+    "smollm": "SmolLM2-135M, trained by others, public weights 4-bit dequantized",
+    "minilm": "MiniLM-L6, trained by others, never quantized",
+}
+
+
+class Report:
+    """The rows of the result file: those of this run, and those of earlier runs that it did not replace."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.rows: list[dict] = []
+        old = json.loads(out.read_text())["rows"] if out.exists() else []
+        self.kept = [row for row in old if not row["id"].startswith("tpde.ratio.real_step.")]
+        self.load_before = os.getloadavg()[0]
+
+    def add(self, name: str, value: float, unit: str, note: str, **more) -> None:
+        """Notes and prints one row; ``more`` may hold peer, peer_value and limit."""
+        if unit == "GB/s":
+            note += f"; load average before the run {self.load_before:.1f}"
+        row = row_of(name, value, unit, note, **more)
+        self.rows.append(row)
+        peer = f"  {row['peer']}: {row['peer_value']:.3f}" if row["peer"] else ""
+        limit = f"  limit {row['limit']:.3f}" if row["limit"] else ""
+        print(f"{name}: {value:.4g} {unit}{peer}{limit}  ({note})", flush=True)
+
+    def save(self) -> None:
+        """Writes all rows, and the goals that are worst cases over them."""
+        made = {row["id"] for row in self.rows}
+        rows = [row for row in self.kept if row["id"] not in made] + self.rows
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        packages = ("overspill", "torch", "numpy", "zstandard", "zipnn", "pcodec", "blosc2")
+        versions = {name: importlib.metadata.version(name) for name in packages}
+        result = {
+            "machine": f"{cpu_name()}, {os.cpu_count()} cores",
+            "commit": commit.stdout.strip(),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "versions": versions | {"python": platform.python_version()},
+            "rows": rows + worst_steps(rows),
+        }
+        self.out.parent.mkdir(exist_ok=True)
+        self.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def row_of(name: str, value: float, unit: str, note: str, **more) -> dict:
+    """A row of the result file; ``more`` may hold peer, peer_value and limit."""
+    return (
+        {"id": name, "value": value, "unit": unit, "peer": None, "peer_value": None, "limit": None}
+        | more
+        | {"note": note}
+    )
+
+
+def words_of(state: dict[str, torch.Tensor]) -> np.ndarray:
+    """All tensors' words, flat, in order of name."""
+    kinds = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
+    flat = []
+    for name in sorted(state):
+        view, unsigned = kinds[state[name].dtype.itemsize]
+        flat.append(state[name].contiguous().view(-1).view(view).numpy().view(unsigned))
+    return np.concatenate(flat)
+
+
+def tpde_bytes(base, final, codec: str = "auto") -> int:
+    """Size of the patch, everything counted; raises unless the final comes back exactly."""
+    packed = tpde.pack(base, final, codec=codec)
+    found = tpde.apply(packed.data, base)
+    if not np.array_equal(words_of(found), words_of(final)):
+        raise AssertionError("TPDE does not give the final back")
+    return packed.packed_bytes
+
+
+def compare(
+    report: Report, name: str, base, final, note: str, limit: float | None, slow: bool
+) -> dict[str, float]:
+    """One row a peer; returns the ratio of each, ours under "tpde"."""
+    new = words_of(final)
+    old = None if base is None else words_of(base)
+    raw = new.nbytes
+    found = {"tpde": raw / tpde_bytes(base, final)}
+    table = {**peers.STANDALONE, **(peers.SLOW_STANDALONE if slow else {})}
+    if old is not None:
+        table |= peers.DELTA
+        found["elias-zstd"] = raw / tpde_bytes(base, final, "elias-zstd")
+    for peer, codec in table.items():
+        found[peer] = raw / peers.packed_bytes(codec, old, new)
+    for peer, ratio in found.items():
+        if peer != "tpde":
+            report.add(name, found["tpde"], "x", note, peer=peer, peer_value=ratio, limit=limit)
+    return found
+
+
+def real_steps(report: Report, data: Path, long_runs: bool) -> None:
+    for run, a, b in REAL_STEPS:
+        if ("long" in run) != long_runs:
+            continue
+        base, final = (load_file(data / f"{run}-k{k}.safetensors") for k in (a, b))
+        model, lr = run.split("-")[0], run.split("lr")[1]
+        bound = sum(peers.step_bound_bytes(words_of({"": base[n]}), words_of({"": final[n]})) for n in base)
+        old, new = words_of(base), words_of(final)
+        changed_pct = 100 * float(np.count_nonzero(old != new)) / new.size
+        batch = (
+            "128 tokens"
+            if model == "smollm"
+            else "8 pairs of 32 tokens"
+            if "long" in run
+            else "16 pairs of 64"
+        )
+        note = f"{PROVENANCE[model]}; AdamW lr {lr}, cold start, {batch} a step, step {a} to {b}; {changed_pct:.2f}% changed"
+        name = f"tpde_cpu.step.{run}.{a}_{b}"
+        compare(report, name, base, final, note, new.nbytes / bound, slow=False)
+        report.save()
+
+
+def worst_steps(rows: list[dict]) -> list[dict]:
+    """The goals over all real steps, from their rows."""
+    steps = [row for row in rows if row["id"].startswith("tpde_cpu.step.")]
+    if not steps:
+        return []
+    worst = min(steps, key=lambda row: row["value"] / row["limit"])
+    share = worst["value"] / worst["limit"]
+    note = f"worst of {len({row['id'] for row in steps})}: {worst['note']}"
+    goals = [row_of("tpde.ratio.real_step.bound_share", share, "share", note, limit=1.0)]
+    sparse = [
+        row
+        for row in steps
+        if row["peer"] == "xor + zstd-1"
+        and float(re.search(r"([0-9.]+)% changed", row["note"]).group(1)) <= DENSEST_FOR_XOR_GOAL_PCT
+    ]
+    if sparse:
+        worst = min(sparse, key=lambda row: row["value"] / row["peer_value"])
+        note = f"worst of {len(sparse)}: {worst['note']}"
+        goals.append(
+            row_of("tpde.ratio.real_step.vs_xor_zstd1", worst["value"] / worst["peer_value"], "x", note)
+        )
+    return goals
+
+
+def seed(report: Report) -> None:
+    base, final, bound = peers.seed_workload(0)
+    note = "random weights: fp32 768x2304 N(0, 0.14), 10% changed by N(0, 0.01), seed 0"
+    states = [{"w": torch.from_numpy(array)} for array in (base, final)]
+    found = compare(report, "tpde_cpu.seed", *states, note, final.nbytes / bound, slow=True)
+    report.add("tpde.ratio.seed_fp32_10pct", found["tpde"] * bound / final.nbytes, "share", note, limit=1.0)
+
+
+def standalone(report: Report, data: Path) -> None:
+    for kind in ("bf16", "fp32"):
+        note = f"{PROVENANCE['minilm']}, {kind}, no base"
+        found = compare(
+            report,
+            f"tpde_cpu.standalone.{kind}",
+            None,
+            load_file(data / f"minilm-{kind}.safetensors"),
+            note,
+            None,
+            True,
+        )
+        if kind == "bf16":
+            report.add("tpde.ratio.standalone_bf16", found["tpde"], "x", note)
+
+
+def moments(report: Report, data: Path) -> None:
+    base, final = (load_file(data / f"minilm-moments-k{k}.safetensors") for k in ("09", "10"))
+    for key in ("exp_avg", "exp_avg_sq"):
+        old, new = ({n: t for n, t in state.items() if n.endswith(f".{key}")} for state in (base, final))
+        note = f"AdamW {key} of {PROVENANCE['minilm']}; fp32, lr 1e-5, after step 9 and step 10"
+        compare(report, f"tpde_cpu.moments.{key}", old, new, note, None, False)
+
+
+def q4_base(report: Report, data: Path) -> None:
+    final = data / "minilm-bf16.safetensors"
+    matrices = {n: t for n, t in load_file(final).items() if t.dim() == 2 and t.shape[1] % 32 == 0}
+    raw = sum(t.nbytes for t in matrices.values())
+    best = 0.0
+    for kind in ("q4_0", "q4_1"):
+        base = data / f"minilm-{kind}.gguf"
+        packed = tpde.pack(base, matrices)
+        found = tpde.apply(packed.data, base)
+        if not all(torch.equal(found[n].view(torch.int16), t.view(torch.int16)) for n, t in matrices.items()):
+            raise AssertionError("the 4-bit base does not give the final back")
+        note = f"{PROVENANCE['minilm']}; bf16 matrices from their {kind} blocks, base not counted"
+        report.add(f"tpde_cpu.q4.{kind}", raw / packed.packed_bytes, "x", note)
+        best = max(best, raw / packed.packed_bytes)
+    report.add(
+        "tpde.ratio.q4_base",
+        best,
+        "x",
+        f"{PROVENANCE['minilm']}; bf16 matrices, the better of Q4_0 and Q4_1 blocks",
+    )
+
+
+def seconds(work, least: int = 5) -> float:
+    """Median of a few runs after one that does not count."""
+    work()
+    times = []
+    for _ in range(least):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def speed(report: Report, data: Path) -> None:
+    base, final = (load_file(data / f"smollm-lr1e-6-k{k}.safetensors") for k in ("02", "03"))
+    gigabytes = sum(t.nbytes for t in final.values()) / 1e9
+    patch = tpde.pack(base, final).data
+    note = f"{PROVENANCE['smollm']}; AdamW lr 1e-6, step 2 to 3, 1.07% changed; in memory, {os.cpu_count()} cores, median of 5"
+    pack_gbps = gigabytes / seconds(lambda: tpde.pack(base, final))
+    report.add("tpde.cpu.pack_gbps", pack_gbps, "GB/s", f"{note}; base and final hashed")
+    opened = tpde.open(patch)
+    apply_gbps = gigabytes / seconds(lambda: opened.apply(base))
+    report.add(
+        "tpde.cpu.apply_gbps",
+        apply_gbps,
+        "GB/s",
+        f"{note}; patch authenticated, base and result hashed, output allocated",
+    )
+    known = gigabytes / seconds(lambda: opened.apply(base, base_id=opened.base_id))
+    report.add(
+        "tpde_cpu.apply_known_base_gbps", known, "GB/s", f"{note}; base's state id carried, not hashed again"
+    )
+
+    alone = load_file(data / "minilm-bf16.safetensors")
+    raw = words_of(alone).tobytes()
+    codec = peers.zipnn_codec(2)
+    zipped = bytes(codec.compress(raw))
+    packed = tpde.pack(None, alone).data
+    whole = tpde.open(packed)
+    ours = [len(raw) / 1e9 / seconds(work) for work in (lambda: tpde.pack(None, alone), whole.apply)]
+    theirs = [
+        len(raw) / 1e9 / seconds(work)
+        for work in (lambda: codec.compress(raw), lambda: codec.decompress(zipped))
+    ]
+    note = f"{PROVENANCE['minilm']}, bf16 alone, in memory, 2 threads each; ours with hashing"
+    for name, own, peer in zip(("pack", "apply"), ours, theirs, strict=True):
+        report.add(f"tpde_cpu.standalone_{name}_gbps", own, "GB/s", note, peer="zipnn", peer_value=peer)
+    worse = min(own / peer for own, peer in zip(ours, theirs, strict=True))
+    report.add("tpde.cpu.standalone_vs_zipnn", worse, "x", f"the worse of pack and apply; {note}")
+
+
+def big(report: Report) -> None:
+    """Packs and applies 6 GB under an address-space limit of 2 GiB, through the command line."""
+    limit = 2 << 30
+    words = 3 << 30
+    header = json.dumps(
+        {
+            f"w{i}": {
+                "dtype": "BF16",
+                "shape": [words // 12],
+                "data_offsets": [i * words // 6, (i + 1) * words // 6],
+            }
+            for i in range(12)
+        }
+    )
+    rng = np.random.default_rng(0)
+    piece = (rng.standard_normal(1 << 24) * 0.02).astype(np.float32).view(np.uint32) >> 16
+    piece = piece.astype(np.uint16)
+    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_SCRATCH")) as folder:
+        paths = {
+            name: os.path.join(folder, name)
+            for name in ("a.safetensors", "b.safetensors", "p.tpde", "out.safetensors")
+        }
+        for name in ("a.safetensors", "b.safetensors"):
+            moved = piece.copy()
+            if name.startswith("b"):
+                moved[rng.random(piece.size) < 0.01] += 1
+            with open(paths[name], "wb") as file:
+                file.write(len(header).to_bytes(8, "little") + header.encode())
+                for _ in range(words // piece.size):
+                    file.write(moved.tobytes())
+
+        def run(*args: str) -> tuple[float, int]:
+            began = time.perf_counter()
+            command = [sys.executable, "-m", "overspill", "tpde", "-q", "--memory-budget", "1GiB", *args]
+            cap = lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))  # noqa: E731
+            process = subprocess.Popen(command, preexec_fn=cap)
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                raise RuntimeError(f"{args[0]} failed under the limit: {status}")
+            return time.perf_counter() - began, usage.ru_maxrss * 1024
+
+        a, b, p, out = paths.values()
+        for name, args in (
+            ("pack", ("--base", a, "--final", b, "-o", p)),
+            ("apply", ("--base", a, "--patch", p, "-o", out)),
+        ):
+            took, peak = run(name, *args)
+            note = f"random bf16 weights, 6.4 GB, 1% changed, files on disk; address space limited to 2 GiB; {took:.0f} s"
+            report.add(f"tpde_cpu.big_{name}_peak_bytes", peak, "bytes", note, limit=limit)
+        if subprocess.run(["cmp", b, out], check=False).returncode:
+            raise AssertionError("the rebuilt file differs")
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--only", default="speed,ratios,long,big")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    parts = set(args.only.split(","))
+    report = Report(args.out)
+    if "speed" in parts:
+        speed(report, args.data)
+    if "ratios" in parts:
+        seed(report)
+        q4_base(report, args.data)
+        real_steps(report, args.data, long_runs=False)
+        standalone(report, args.data)
+        moments(report, args.data)
+    if "long" in parts:
+        real_steps(report, args.data, long_runs=True)
+    if "big" in parts:
+        big(report)
+    report.save()
+
+
+if __name__ == "__main__":
+    main()
