@@ -29,7 +29,8 @@ class Engine:
     Moves bytes between a device, host memory and a spill file.
 
     `device` is "cpu" (device memory is the process's own RAM), "sim" (the same under a schedule
-    drawn from `seed`), or "cuda" / "cuda:N". Sizes are in bytes.
+    drawn from `seed`; tests may have a bug `planted` in it, to see it found), or "cuda" / "cuda:N".
+    Sizes are in bytes.
     """
     def __new__(
         cls,
@@ -43,6 +44,7 @@ class Engine:
         spill_limit_bytes: SupportsIndex = 0,
         eager_spill: bool = True,
         seed: SupportsIndex | None = None,
+        planted: str | None = None,
         trace: bool = False,
     ) -> Engine: ...
     def counters_json(self, /) -> str:

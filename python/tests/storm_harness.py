@@ -111,14 +111,21 @@ def devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def offload_everything(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+def offload_everything(model: nn.Module, **options: Any) -> contextlib.AbstractContextManager[Any]:
     """STORM made to move whatever it may move, however small: the process alone is over this budget."""
     from overspill import Storm
 
-    return Storm(model, vram_budget="16MiB", min_bytes=1)
+    return Storm(model, vram_budget="16MiB", min_bytes=1, **options)
 
 
-class NaiveStorm(contextlib.AbstractContextManager["NaiveStorm"]):
+def keep_everything(model: nn.Module, **options: Any) -> contextlib.AbstractContextManager[Any]:
+    """STORM with room to spare: only the first step, which it learns from, goes out."""
+    from overspill import Storm
+
+    return Storm(model, vram_budget="1TiB", min_bytes=1, **options)
+
+
+class NaiveStorm(contextlib.AbstractContextManager[Any]):
     """Offloads by copying bytes at pack and building the tensor anew at unpack, one by one.
 
     ``fault`` plants one of :data:`FAULTS`.
@@ -135,7 +142,7 @@ class NaiveStorm(contextlib.AbstractContextManager["NaiveStorm"]):
         self.packed = 0
         self.offloaded = 0
 
-    def __enter__(self) -> NaiveStorm:
+    def __enter__(self) -> Any:
         self._hooks.__enter__()
         return self
 

@@ -2,7 +2,10 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use overspill_device::{DeviceRange, DeviceRef, Keep, StreamRef, cuda, sim};
+use overspill_device::{
+    DeviceRange, DeviceRef, Keep, StreamRef, cuda,
+    sim::{self, Planted, SimConfig},
+};
 use overspill_engine::{self as engine, Cause, EngineConfig, SpillConfig};
 use pyo3::prelude::*;
 
@@ -11,7 +14,8 @@ use crate::errors::{device_error, engine_error, raise};
 /// Moves bytes between a device, host memory and a spill file.
 ///
 /// `device` is "cpu" (device memory is the process's own RAM), "sim" (the same under a schedule
-/// drawn from `seed`), or "cuda" / "cuda:N". Sizes are in bytes.
+/// drawn from `seed`; tests may have a bug `planted` in it, to see it found), or "cuda" / "cuda:N".
+/// Sizes are in bytes.
 #[pyclass(frozen, module = "overspill._native")]
 pub struct Engine {
     engine: engine::Engine,
@@ -45,7 +49,7 @@ fn stream(py: Python<'_>, device: &DeviceRef, handle: u64) -> PyResult<StreamRef
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (device, *, host_budget_bytes, slab_bytes, segment_bytes, spill_dir=None, spill_limit_bytes=0, eager_spill=true, seed=None, trace=false))]
+    #[pyo3(signature = (device, *, host_budget_bytes, slab_bytes, segment_bytes, spill_dir=None, spill_limit_bytes=0, eager_spill=true, seed=None, planted=None, trace=false))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python constructor")]
     fn new(
         py: Python<'_>,
@@ -57,9 +61,10 @@ impl Engine {
         spill_limit_bytes: u64,
         eager_spill: bool,
         seed: Option<u64>,
+        planted: Option<&str>,
         trace: bool,
     ) -> PyResult<Self> {
-        let device = open(py, device, seed)?;
+        let device = open(py, device, seed, planted)?;
         let spill =
             spill_dir.map(|dir| SpillConfig { dir, limit_bytes: spill_limit_bytes, eager: eager_spill });
         let config = EngineConfig { host_budget_bytes, slab_bytes, segment_bytes, spill, trace };
@@ -166,15 +171,21 @@ impl Onboarding {
     }
 }
 
-fn open(py: Python<'_>, device: &str, seed: Option<u64>) -> PyResult<DeviceRef> {
+fn open(py: Python<'_>, device: &str, seed: Option<u64>, planted: Option<&str>) -> PyResult<DeviceRef> {
     let refused = || {
         let what = "expected \"cpu\", \"sim\" with a seed, or \"cuda:N\"";
         raise(py, "DeviceError", &format!("device {device:?} is not known; {what}"), |_| Ok(()))
     };
+    let planted = match planted {
+        None => Planted::Nothing,
+        Some("events_pass_early") => Planted::EventsPassEarly,
+        Some("stream_waits_ignored") => Planted::StreamWaitsIgnored,
+        Some(_) => return Err(refused()),
+    };
     match (device, seed) {
         ("cpu", None) => Ok(sim::SimDevice::threads()),
         ("cpu" | "sim", Some(seed)) => {
-            Ok(sim::SimDevice::seeded(sim::SimConfig { seed, ..sim::SimConfig::default() }))
+            Ok(sim::SimDevice::seeded(SimConfig { seed, planted, ..SimConfig::default() }))
         }
         (_, None) => {
             let rest = device.strip_prefix("cuda").ok_or_else(refused)?;

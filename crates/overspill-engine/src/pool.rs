@@ -30,7 +30,12 @@ pub struct PoolCounters {
 
 /// See the module.
 #[derive(Clone)]
-pub struct HostPool(Arc<Mutex<Inner>>);
+pub struct HostPool {
+    inner: Arc<Mutex<Inner>>,
+    /// Held while a slab is allocated, so that others wait for it instead of finding the budget
+    /// spent and no slab. Only callers of the pool take it, never a job of the device's.
+    growth: Arc<Mutex<()>>,
+}
 
 struct Inner {
     device: DeviceRef,
@@ -46,24 +51,32 @@ impl HostPool {
     pub fn new(device: DeviceRef, budget_bytes: usize, slab_bytes: usize) -> Self {
         let inner =
             Inner { device, budget_bytes, slab_bytes, slabs: Vec::new(), counters: PoolCounters::default() };
-        Self(Arc::new(Mutex::new(inner)))
+        Self { inner: Arc::new(Mutex::new(inner)), growth: Arc::default() }
     }
 
     /// Reserves the whole budget now, so that no later call waits for the operating system.
     pub fn reserve_all(&self) -> Result<()> {
-        while self.grow(1)? {}
-        Ok(())
+        loop {
+            let slabs_seen = self.lock().slabs.len();
+            if !self.grow(1, slabs_seen)? {
+                return Ok(());
+            }
+        }
     }
 
     /// An extent of exactly `bytes`, or `None` if the budget has no room for it now.
     pub fn try_alloc(&self, bytes: usize) -> Result<Option<HostExtent>> {
         loop {
-            if let Some((slab, index, run)) = self.lock().find(bytes) {
+            let mut inner = self.lock();
+            let slabs_seen = inner.slabs.len();
+            let found = inner.find(bytes);
+            drop(inner);
+            if let Some((slab, index, run)) = found {
                 let start = usize::try_from(run.start).unwrap_or(usize::MAX);
                 let guard: Keep = Arc::new(Guard { pool: self.clone(), index, run: Some(run) });
                 return Ok(Some(slab.claim_with(start..start.saturating_add(bytes), Some(guard))?));
             }
-            if !self.grow(bytes)? {
+            if !self.grow(bytes, slabs_seen)? {
                 return Ok(None);
             }
         }
@@ -91,10 +104,15 @@ impl HostPool {
     }
 
     /// Adds a slab that holds at least `bytes`, if the budget allows it. Page-locking takes the
-    /// operating system its time, so the books are not locked meanwhile.
-    fn grow(&self, bytes: usize) -> Result<bool> {
+    /// operating system its time, so the books are not locked meanwhile. True as well if somebody
+    /// else has added one since the caller saw `slabs_seen`: then look again.
+    fn grow(&self, bytes: usize, slabs_seen: usize) -> Result<bool> {
+        let _growth = self.growth.lock().unwrap_or_else(PoisonError::into_inner);
         let (device, slab_bytes) = {
             let mut inner = self.lock();
+            if inner.slabs.len() > slabs_seen {
+                return Ok(true);
+            }
             let Some(slab_bytes) = inner.next_slab_bytes(bytes) else { return Ok(false) };
             inner.counters.bytes_reserved += slab_bytes as u64;
             (Arc::clone(&inner.device), slab_bytes)
@@ -114,7 +132,7 @@ impl HostPool {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
