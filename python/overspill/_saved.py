@@ -114,10 +114,16 @@ class Saved:
             )
 
     def view(self, storage: torch.UntypedStorage, start: int) -> torch.Tensor:
-        """The tensor over ``storage``, which holds the bytes of its storage from ``start`` on."""
+        """The tensor over ``storage``, which holds the bytes of its storage from ``start`` on.
+
+        It counts versions with the tensor that was saved: a backward that writes to it in place is
+        seen by the next one that asks for it, as it is without overspill.
+        """
         empty = torch.empty(0, dtype=self.dtype, device=storage.device)
         offset = self.offset - start // empty.element_size()
-        return empty.set_(storage, offset, self.shape, self.stride)
+        tensor = self.probe.detach()
+        tensor.data = empty.set_(storage, offset, self.shape, self.stride)
+        return tensor
 
 
 def _output_name(tensor: torch.Tensor) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 import warnings
 import weakref
 from collections import deque
@@ -94,6 +95,9 @@ class Storm:
         self._hooks: list[torch.autograd.graph.saved_tensors_hooks] = []
         self._warned = False
         self._counts = {"kept": 0, "offloaded": 0, "left_alone": 0}
+        # Hooks run on the threads of forwards and backwards, and one thread's backward prefetches for
+        # another's. Reentrant, because the collector may free a unit inside a hook.
+        self._lock = threading.RLock()
 
     # ---- the context -------------------------------------------------------------------------
 
@@ -140,6 +144,18 @@ class Storm:
     # ---- hooks -------------------------------------------------------------------------------
 
     def _pack(self, tensor: torch.Tensor) -> Saved:
+        with self._lock:
+            return self._save(tensor)
+
+    def _unpack(self, saved: Saved) -> torch.Tensor:
+        saved.check_version()
+        if saved.unit is None:
+            assert saved.tensor is not None
+            return saved.tensor
+        with self._lock, torch.no_grad():
+            return self._restore(saved, saved.unit)
+
+    def _save(self, tensor: torch.Tensor) -> Saved:
         if not self._is_ours(tensor):
             self._counts["left_alone"] += 1
             return Saved(tensor, None, keep=True)
@@ -156,21 +172,15 @@ class Storm:
         unit.pending += 1
         return Saved(tensor, unit, keep=unit.slot is None)
 
-    def _unpack(self, saved: Saved) -> torch.Tensor:
-        saved.check_version()
-        unit = saved.unit
-        if unit is None:
-            assert saved.tensor is not None
-            return saved.tensor
+    def _restore(self, saved: Saved, unit: Unit) -> torch.Tensor:
         self._planner.need(unit.id, self._edge.allocated_bytes())
         if saved.tensor is not None:
             self._prefetch(unit)
             return saved.tensor
-        with torch.no_grad():
-            storage = self._storage_of(unit)
-            # A unit whose source never left is still laid out as its storage was.
-            start = 0 if storage is unit.source else unit.start
-            tensor = saved.view(storage, start)
+        storage = self._storage_of(unit)
+        # A unit whose source never left is still laid out as its storage was.
+        start = 0 if storage is unit.source else unit.start
+        tensor = saved.view(storage, start)
         if saved.round != unit.round:
             saved.round = unit.round
             unit.pending -= 1
@@ -293,8 +303,7 @@ class Storm:
             if ahead is None or ahead.buffer is not None:
                 continue
             stream = self._edge.stream() if stream is None else stream
-            with torch.no_grad():
-                self._onboard(ahead, stream, prefetch=True)
+            self._onboard(ahead, stream, prefetch=True)
             self._planner.prefetched(unit_id)
 
     def _let_go(self, unit: Unit) -> None:
@@ -309,6 +318,10 @@ class Storm:
             self._planner.evicted(unit.id)
 
     def _freed(self, unit: Unit) -> None:
+        with self._lock:
+            self._forget(unit)
+
+    def _forget(self, unit: Unit) -> None:
         key = unit.storage_ref.cdata
         left = [ref for ref in self._by_storage.get(key, ()) if ref() not in (None, unit)]
         if left:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,9 +93,29 @@ def saved_twice(model: nn.Module) -> Tensor:
     return (x.cos() + y).sum()
 
 
+class Scribbles(torch.autograd.Function):
+    """Writes to what it saved in its own backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return x.mul_(0).add_(g)
+
+
+def in_backward(model: nn.Module) -> Tensor:
+    """What one node's backward writes to, another node saved."""
+    x = model(torch.ones(4, 8))
+    return (x.sin() + Scribbles.apply(x)).sum()
+
+
 CASES: tuple[Case, ...] = (
     output_of_exp, input_of_mul, through_a_view, base_of_a_view, under_grad_mode, a_constant, a_mask, a_parameter,
-    saved_twice,
+    saved_twice, in_backward,
 )  # fmt: skip
 
 

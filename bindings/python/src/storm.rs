@@ -43,8 +43,10 @@ impl Planner {
 
     /// A tensor was saved: `(unit, keep)`.
     fn pack(&self, nbytes: u64, allocated_bytes: u64) -> PyResult<(u64, bool)> {
-        let (unit, action) =
-            self.lock().pack(nbytes, self.sample(allocated_bytes)).map_err(|error| storm_error(&error))?;
+        // The lock is given up before an exception is made: that may run the collector, and a unit
+        // that dies there calls `free`.
+        let packed = self.lock().pack(nbytes, self.sample(allocated_bytes));
+        let (unit, action) = packed.map_err(|error| storm_error(&error))?;
         Ok((unit.0, action == Action::Keep))
     }
 
