@@ -24,8 +24,8 @@ def train_wide(budget: int | None, steps: int = 4) -> tuple[Run, int]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     peaks = [0]
     for layer in model:
-        layer.register_forward_hook(lambda *_: peaks.append(_native.malloc_bytes_in_use()))
-        layer[0].weight.register_hook(lambda _: peaks.append(_native.malloc_bytes_in_use()))
+        layer.register_forward_hook(lambda *_: peaks.append(_native.process_memory()[0]))
+        layer[0].weight.register_hook(lambda _: peaks.append(_native.process_memory()[0]))
     run = Run()
     with deterministic():
         storm = None if budget is None else Storm(model, vram_budget=budget, min_bytes=1, host_budget=4 * MIB)
@@ -54,7 +54,7 @@ def test_a_mixture_has_the_same_bits_within_the_budget(room_mib: int) -> None:
     """Room for none, some, most and all of the 32 MiB that a step saves."""
     expected, keep_all_peak = train_wide(None)
     gc.collect()
-    budget = _native.malloc_bytes_in_use() + room_mib * MIB
+    budget = _native.process_memory()[0] + room_mib * MIB
     run, peak = train_wide(budget)
     assert first_difference(expected, run) is None
     # Without a GPU nobody counts: malloc is asked now and then, and a layer's output may come in between.

@@ -331,7 +331,7 @@ def test_the_process_ends_with_a_graph_alive() -> None:
         alive.sum().backward(retain_graph=True)
     """
     ended = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)],
         capture_output=True,
         text=True,
         timeout=120,
