@@ -8,7 +8,7 @@
 use crate::CodecError;
 use crate::bits::{BitReader, BitWriter, put_varint, take, take_varint};
 use crate::classes::DenseClass;
-use crate::rans::{Decoder, Encoder, MAX_LANES, STATE_LOW};
+use crate::rans::{Decoder, Encoder, MAX_LANES, STATE_LOW, Slots};
 use crate::values::{magnitude_of, sign_magnitude, split_magnitude, step_of};
 use crate::words::{Word, set_word, word_at};
 
@@ -60,9 +60,10 @@ pub(crate) fn apply<W: Word>(
     let coded_bytes = take_varint(&mut body)?;
     let mut decoder = Decoder::new(take(&mut body, coded_bytes, "dense chunk")?, MAX_LANES)?;
     let mut raw = BitReader::new(body);
+    let slots: Vec<&Slots> = classes.iter().map(|class| class.values.slots()).collect();
     for i in 0..words.len() / W::BYTES {
         let base = word_at::<W>(words, i);
-        let symbol = decoder.symbol(&classes[context.class(i, base)].values)?;
+        let symbol = decoder.symbol(slots[context.class(i, base)])?;
         let step = if symbol == 0 {
             W::default()
         } else {

@@ -4,6 +4,8 @@
 //! below 2^16, pulls in the next word of the one shared word stream. Lanes therefore decode in lockstep on a
 //! warp: which lanes pull, and in which order, follows from a ballot. The encoder runs backwards.
 
+use std::sync::OnceLock;
+
 use crate::CodecError;
 use crate::bits::{BitReader, BitWriter};
 
@@ -16,28 +18,44 @@ pub(crate) const STATE_LOW: u32 = 1 << 16;
 /// Most lanes.
 pub(crate) const MAX_LANES: usize = 32;
 
-/// Frequencies of one alphabet, ready for encoding and decoding.
+/// Per slot: symbol | (frequency - 1) << 8 | (slot - first slot) << 20.
+pub(crate) type Slots = [u32; PROB_TOTAL as usize];
+
+/// Frequencies of one alphabet. What only decoding needs is built when it is first asked for: small tensors have
+/// many tables and few symbols.
 #[derive(Debug, Clone)]
 pub(crate) struct SymbolTable {
     /// Per symbol: first slot and frequency.
     pub(crate) ranges: Vec<(u16, u16)>,
-    /// Per slot: symbol | (frequency - 1) << 8 | (slot - first slot) << 20.
-    pub(crate) slots: Box<[u32]>,
+    slots: OnceLock<Box<Slots>>,
 }
 
 impl SymbolTable {
     /// Build from frequencies (index = symbol, at most 256) that sum to [`PROB_TOTAL`].
     pub(crate) fn new(frequencies: &[u16]) -> Self {
-        let mut slots = Vec::with_capacity(PROB_TOTAL as usize);
-        let mut ranges = Vec::with_capacity(frequencies.len());
-        for (symbol, &frequency) in frequencies.iter().enumerate() {
-            ranges.push((slots.len() as u16, frequency));
-            for bias in 0..u32::from(frequency) {
-                slots.push(symbol as u32 | (u32::from(frequency) - 1) << 8 | bias << 20);
+        let mut start = 0;
+        let ranges = frequencies.iter().map(|&frequency| {
+            let range = (start, frequency);
+            start += frequency;
+            range
+        });
+        let ranges = ranges.collect();
+        debug_assert_eq!(u32::from(start), PROB_TOTAL);
+        SymbolTable { ranges, slots: OnceLock::new() }
+    }
+
+    /// The decoding table.
+    pub(crate) fn slots(&self) -> &Slots {
+        self.slots.get_or_init(|| {
+            let mut slots = Box::new([0; PROB_TOTAL as usize]);
+            for (symbol, &(start, frequency)) in self.ranges.iter().enumerate() {
+                let own = &mut slots[usize::from(start)..usize::from(start + frequency)];
+                for (bias, slot) in own.iter_mut().enumerate() {
+                    *slot = symbol as u32 | (u32::from(frequency) - 1) << 8 | (bias as u32) << 20;
+                }
             }
-        }
-        debug_assert_eq!(slots.len(), PROB_TOTAL as usize);
-        SymbolTable { ranges, slots: slots.into_boxed_slice() }
+            slots
+        })
     }
 
     /// Bits that `symbol` costs.
@@ -155,10 +173,10 @@ impl<'a> Decoder<'a> {
 
     /// The next symbol.
     #[inline(always)]
-    pub(crate) fn symbol(&mut self, table: &SymbolTable) -> Result<u8, CodecError> {
+    pub(crate) fn symbol(&mut self, slots: &Slots) -> Result<u8, CodecError> {
         let state = &mut self.states[self.next & self.mask];
         self.next += 1;
-        let slot = table.slots[(*state & (PROB_TOTAL - 1)) as usize];
+        let slot = slots[(*state & (PROB_TOTAL - 1)) as usize];
         let mut x = ((slot >> 8 & 0xfff) + 1) * (*state >> PROB_BITS) + (slot >> 20);
         if x < STATE_LOW {
             let (word, rest) = self.words.split_first_chunk::<2>().ok_or(ends_early())?;
@@ -171,8 +189,9 @@ impl<'a> Decoder<'a> {
 
     /// The next `bytes.len()` symbols of one table.
     pub(crate) fn bytes(&mut self, table: &SymbolTable, bytes: &mut [u8]) -> Result<(), CodecError> {
+        let slots = table.slots();
         for byte in bytes {
-            *byte = self.symbol(table)?;
+            *byte = self.symbol(slots)?;
         }
         Ok(())
     }
@@ -224,7 +243,7 @@ mod tests {
             let mut decoder = Decoder::new(&bytes, lanes).unwrap();
             for (i, &s) in symbols.iter().enumerate() {
                 let table = if i % 3 == 0 { &single } else { &table };
-                assert_eq!(decoder.symbol(table).unwrap() as usize, s);
+                assert_eq!(decoder.symbol(table.slots()).unwrap() as usize, s);
             }
             assert_eq!(decoder.rest(), b"tail");
             assert_eq!(&decoder.states[..lanes], seeds);

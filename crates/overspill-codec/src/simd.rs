@@ -130,7 +130,7 @@ mod avx2 {
     /// Returns how many bytes were written; the decoder stands behind them.
     #[target_feature(enable = "avx2,bmi1,bmi2,popcnt,lzcnt")]
     pub(super) fn decode_groups(decoder: &mut Decoder<'_>, table: &SymbolTable, bytes: &mut [u8]) -> usize {
-        let slots: &[u32; rans::PROB_TOTAL as usize] = (&*table.slots).try_into().expect("4096 slots");
+        let slots: &rans::Slots = table.slots();
         let mut states = [_mm256_setzero_si256(); 4];
         for (vector, lanes) in states.iter_mut().zip(decoder.states.as_chunks::<8>().0) {
             *vector = load8(lanes);
@@ -335,7 +335,7 @@ mod tests {
             frequencies[rng.usize(..used)] += 4096 - used as u16;
             let table = SymbolTable::new(&frequencies);
             let bytes: Vec<u8> = (0..rng.usize(..5000))
-                .map(|_| table.slots[rng.usize(..if round % 2 == 0 { 4096 } else { 200 })] as u8)
+                .map(|_| table.slots()[rng.usize(..if round % 2 == 0 { 4096 } else { 200 })] as u8)
                 .collect();
             let (mut fast, mut slow) = (vec![9], vec![9]);
             encode_bytes(&bytes, &table, &mut fast);

@@ -336,10 +336,10 @@ impl GapSymbols {
     }
 
     fn quotients(decoder: &mut Decoder<'_>, symbols: u64, rate: u32) -> Result<Self, CodecError> {
-        let table = gap::table(rate);
+        let slots = gap::table(rate).slots();
         let (mut values, mut sum) = (Vec::new(), 0u32);
         for _ in 0..symbols {
-            let symbol = decoder.symbol(table)?;
+            let symbol = decoder.symbol(slots)?;
             sum = sum.saturating_add(symbol.into());
             if symbol != gap::ESCAPE {
                 values.push(sum);
@@ -354,7 +354,8 @@ impl GapSymbols {
     }
 
     fn clustered(decoder: &mut Decoder<'_>, symbols: u64, table: &SymbolTable) -> Result<Self, CodecError> {
-        let symbols = (0..symbols).map(|_| decoder.symbol(table)).collect::<Result<_, _>>()?;
+        let slots = table.slots();
+        let symbols = (0..symbols).map(|_| decoder.symbol(slots)).collect::<Result<_, _>>()?;
         Ok(Self::Clustered(symbols))
     }
 
@@ -436,7 +437,10 @@ fn decode<W: Word>(
     for ((class, &count), gaps) in live.iter().zip(&counts).zip(&gaps) {
         let count = gaps.as_ref().map_or(count as usize, GapSymbols::count);
         symbols.push(match &class.values {
-            Some(table) => (0..count).map(|_| decoder.symbol(table)).collect::<Result<Vec<u8>, _>>()?,
+            Some(table) => {
+                let slots = table.slots();
+                (0..count).map(|_| decoder.symbol(slots)).collect::<Result<Vec<u8>, _>>()?
+            }
             None => vec![1; count],
         });
     }
