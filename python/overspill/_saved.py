@@ -86,7 +86,6 @@ class Saved:
     def __init__(self, tensor: torch.Tensor, unit: Unit | None, keep: bool) -> None:
         self.version = tensor._version
         self.unit = unit
-        self.shape = tensor.shape
         self.name = _output_name(tensor)
         self.round = -1
         if keep:
@@ -97,6 +96,7 @@ class Saved:
             return
         assert unit is not None
         self.dtype = tensor.dtype
+        self.shape = tensor.shape
         self.stride = tensor.stride()
         self.offset = tensor.storage_offset()
         self.tensor = None
@@ -105,7 +105,8 @@ class Saved:
     def check_version(self) -> None:
         """Raises what autograd raises for a saved tensor that was modified in place."""
         if self.probe._version != self.version:
-            kind = f"{self.probe.type()} {list(self.shape)}"
+            shape = self.shape if self.tensor is None else self.tensor.shape
+            kind = f"{self.probe.type()} {list(shape)}"
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace "
                 f"operation: [{kind}]{self.name} is at version {self.probe._version}; expected version "

@@ -199,7 +199,9 @@ class Storm:
             or tensor.numel() == 0
             or tensor.is_leaf
             and tensor.requires_grad
+            or tensor.is_nested
             or tensor.is_quantized
+            or tensor._is_zerotensor()
             or tensor.is_conj()
             or tensor.is_neg()
         ):

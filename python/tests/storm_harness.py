@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from workloads import BUILDERS, Workload
@@ -106,16 +107,18 @@ def first_difference(expected: Run, got: Run) -> str | None:
     return None
 
 
-def devices() -> list[str]:
-    """The devices that this machine can run the matrix on."""
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+def devices() -> list[Any]:
+    """The devices of the matrix, as pytest parameters; CUDA is skipped, and so counted, where there is none."""
+    absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    return [pytest.param("cpu"), pytest.param("cuda", marks=[pytest.mark.gpu, absent])]
 
 
 def offload_everything(model: nn.Module, **options: Any) -> contextlib.AbstractContextManager[Any]:
-    """STORM made to move whatever it may move, however small: the process alone is over this budget."""
+    """STORM made to move whatever it may move, however small: the budget is all but taken by the weights."""
     from overspill import Storm
 
-    return Storm(model, vram_budget="16MiB", min_bytes=1, **options)
+    weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    return Storm(model, vram_budget=2 * weights + 2**20, min_bytes=1, **options)
 
 
 def keep_everything(model: nn.Module, **options: Any) -> contextlib.AbstractContextManager[Any]:

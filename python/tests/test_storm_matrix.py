@@ -31,6 +31,7 @@ def test_bits_are_the_same(name: str, device: str) -> None:
     """Everything that may leave the device leaves it."""
     run = train(name, offload_everything, device=device)
     assert first_difference(baseline(name, device), run) is None
+    run.context.close()
     report = run.context.report()
     assert report["units"]["kept"] == 0
     assert report["flows"]["offload"]["bytes"] > 0
