@@ -56,9 +56,15 @@ fn count_bytes<'a, W: Word>(
     // Four tables, so that equal neighbours do not wait for each other.
     let mut tables = [[0u32; MAX_SYMBOLS]; 4];
     for run in runs {
-        for (i, word) in run.chunks_exact(W::BYTES).enumerate() {
-            let value = rotate::<W>(W::load(word), is_float).to_u64();
-            tables[i % 4][(value >> shift) as usize & 0xff] += 1;
+        let byte = |word: &[u8]| usize::from(rotate::<W>(W::load(word), is_float).byte(shift));
+        let fours = run.chunks_exact(4 * W::BYTES);
+        for word in fours.remainder().chunks_exact(W::BYTES) {
+            tables[0][byte(word)] += 1;
+        }
+        for four in fours {
+            for (word, table) in four.chunks_exact(W::BYTES).zip(&mut tables) {
+                table[byte(word)] += 1;
+            }
         }
     }
     std::array::from_fn(|byte| tables.iter().map(|table| u64::from(table[byte])).sum())
@@ -107,7 +113,7 @@ pub(crate) fn encode<W: Word>(words: &[u8], tables: &PlaneTables, is_float: bool
     for (index, table) in tables.iter().enumerate() {
         let shift = plane_shift::<W>(index);
         for (byte, word) in plane.iter_mut().zip(words.chunks_exact(W::BYTES)) {
-            *byte = (rotate::<W>(W::load(word), is_float).to_u64() >> shift) as u8;
+            *byte = rotate::<W>(W::load(word), is_float).byte(shift);
         }
         match table {
             None => out.extend_from_slice(&plane),

@@ -13,7 +13,7 @@ pub(crate) const BLOCK: usize = 64;
 
 /// The two operations that are worth a vector unit.
 pub(crate) trait BlockOps {
-    /// Bit i says whether `low <= keys[i] <= high`.
+    /// Bit i says whether `low <= keys[i] <= high`; `low <= high`.
     fn mask(keys: &[u8; BLOCK], low: u8, high: u8) -> u64;
     /// Position of the `rank`-th set bit (counted from 0), which exists.
     fn select(mask: u64, rank: u32) -> u32;

@@ -34,12 +34,12 @@ mod avx2 {
         fn mask(keys: &[u8; scan::BLOCK], low: u8, high: u8) -> u64 {
             // SAFETY: AVX2 is there (see `Avx2`); both unaligned loads lie within the 64 bytes of `keys`.
             unsafe {
-                let (low, high) = (_mm256_set1_epi8(low as i8), _mm256_set1_epi8(high as i8));
+                // low <= key <= high exactly where key - low, wrapping, is at most high - low.
+                let (low, span) = (_mm256_set1_epi8(low as i8), _mm256_set1_epi8((high - low) as i8));
                 let half = |offset: usize| {
                     let keys = _mm256_loadu_si256(keys.as_ptr().add(offset).cast());
-                    let above = _mm256_cmpeq_epi8(_mm256_max_epu8(keys, low), keys);
-                    let below = _mm256_cmpeq_epi8(_mm256_min_epu8(keys, high), keys);
-                    _mm256_movemask_epi8(_mm256_and_si256(above, below)) as u32
+                    let above = _mm256_sub_epi8(keys, low);
+                    _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_min_epu8(above, span), above)) as u32
                 };
                 u64::from(half(0)) | u64::from(half(32)) << 32
             }

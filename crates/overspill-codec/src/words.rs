@@ -29,6 +29,8 @@ pub(crate) trait Word: Copy + Eq + Default + Send + Sync + 'static {
     fn rotl1(self) -> Self;
     /// Inverse of [`Word::rotl1`].
     fn rotr1(self) -> Self;
+    /// The byte that starts at bit `shift`.
+    fn byte(self, shift: u32) -> u8;
 }
 
 macro_rules! word {
@@ -74,6 +76,10 @@ macro_rules! word {
             #[inline(always)]
             fn rotr1(self) -> Self {
                 self.rotate_right(1)
+            }
+            #[inline(always)]
+            fn byte(self, shift: u32) -> u8 {
+                (self >> shift) as u8
             }
         }
     };
