@@ -6,9 +6,10 @@ import gc
 
 import pytest
 import torch
-from overspill import Storm, _native
 from storm_harness import Run, deterministic, first_difference, gradients_of
 from torch import nn
+
+from overspill import Storm, _native
 
 MIB = 2**20
 LAYERS = 16

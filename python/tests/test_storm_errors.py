@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from overspill import BudgetError, OverspillError, Storm, TransferError
 from torch import Tensor, nn
+
+from overspill import BudgetError, OverspillError, Storm, TransferError
 
 MIB = 2**20
 

@@ -6,8 +6,9 @@ import functools
 
 import pytest
 from inplace_cases import CASES, Case, outcome
-from overspill import Storm
 from storm_harness import keep_everything, offload_everything
+
+from overspill import Storm
 
 
 @pytest.mark.parametrize("wrap", [offload_everything, keep_everything])

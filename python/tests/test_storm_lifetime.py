@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from overspill import Storm
 from storm_harness import keep_everything, offload_everything
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from overspill import Storm
 
 WIDTH = 64
 

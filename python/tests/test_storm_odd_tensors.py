@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from overspill import Storm
 from torch import Tensor, nn
+
+from overspill import Storm
 
 
 def sparse_coo(x: Tensor) -> Tensor:

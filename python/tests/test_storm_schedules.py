@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from overspill import Storm, _native
 from storm_harness import keep_everything, offload_everything
 from torch import Tensor, nn
+
+from overspill import Storm, _native
 
 SCHEDULES = int(os.environ.get("OVERSPILL_SCHEDULES", "2000"))
 PAGE = 4096
