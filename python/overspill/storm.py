@@ -173,7 +173,7 @@ class Storm:
         return Saved(tensor, unit, keep=unit.slot is None)
 
     def _restore(self, saved: Saved, unit: Unit) -> torch.Tensor:
-        self._planner.need(unit.id, self._edge.allocated_bytes())
+        self._planner.need(unit.id, self._sampled_bytes())
         if saved.tensor is not None:
             self._prefetch(unit)
             return saved.tensor
@@ -219,7 +219,7 @@ class Storm:
     ) -> Unit:
         if not self._units:
             self._edge.reset_peak()
-        unit_id, keep = self._planner.pack(nbytes, self._edge.allocated_bytes())
+        unit_id, keep = self._planner.pack(nbytes, self._sampled_bytes())
         unit = Unit(self, unit_id, storage, start, nbytes, tensor)
         self._units[unit_id] = unit
         self._by_storage.setdefault(key, []).append(weakref.ref(unit))
@@ -235,7 +235,7 @@ class Storm:
 
     def _release_sources(self) -> None:
         """Lets sources of offloads go, oldest first, while too many bytes are on their way out."""
-        over_budget = self._edge.allocated_bytes() > self.vram_budget_bytes
+        over_budget = self._sampled_bytes() > self.vram_budget_bytes
         while self._leaving and (over_budget or self._leaving_bytes > self._leaving_limit):
             unit = self._leaving.popleft()()
             if unit is None or unit.source is None or unit.slot is None:
@@ -256,6 +256,10 @@ class Storm:
                 "and the operation at hand need the rest",
                 stacklevel=2,
             )
+
+    def _sampled_bytes(self) -> int:
+        """What is allocated now, where the planner wants to know; 0 in a step that follows its plan."""
+        return self._edge.allocated_bytes() if self._planner.is_recording else 0
 
     def _forget_source(self, unit: Unit) -> None:
         unit.source = None
@@ -300,7 +304,7 @@ class Storm:
 
     def _prefetch(self, unit: Unit) -> None:
         stream = None
-        for unit_id in self._planner.ahead_of(unit.id, self._edge.allocated_bytes()):
+        for unit_id in self._planner.ahead_of(unit.id, self._sampled_bytes()):
             ahead = self._units.get(unit_id)
             if ahead is None or ahead.buffer is not None:
                 continue
@@ -334,7 +338,7 @@ class Storm:
             self._forget_source(unit)
         # Only the end of the step uses the peak, and asking for it is not free.
         peak_bytes = self._edge.peak_bytes() if len(self._units) <= 1 else None
-        self._planner.free(unit.id, self._edge.allocated_bytes(), peak_bytes)
+        self._planner.free(unit.id, self._sampled_bytes(), peak_bytes)
 
     # ---- construction ------------------------------------------------------------------------
 

@@ -86,6 +86,12 @@ impl Planner {
         self.lock().free(UnitId(unit), self.sample(allocated_bytes), || peak_bytes);
     }
 
+    /// Whether the planner wants to know what is allocated at every event.
+    #[getter]
+    fn is_recording(&self) -> bool {
+        self.lock().is_recording()
+    }
+
     /// Bytes of units held on the device now.
     #[getter]
     fn held_bytes(&self) -> u64 {

@@ -50,7 +50,8 @@ pub struct Planner {
     hidden_bytes: u64,
     /// Most bytes allocated at any time, as far as anybody has said.
     peak_bytes: u64,
-    plan: Option<(Vec<u64>, Plan)>,
+    /// Sizes of the units it is for, the step it was made from, and the plan.
+    plan: Option<(Vec<u64>, StepRecord, Plan)>,
     step: Step,
     first_id: u64,
 }
@@ -127,7 +128,7 @@ impl Planner {
         let index = self.step.live.len();
         let planned = self.plan.as_ref().filter(|_| !self.step.deviates);
         let action = match planned {
-            Some((sizes, plan)) if sizes.get(index) == Some(&bytes) => plan.actions[index],
+            Some((sizes, _, plan)) if sizes.get(index) == Some(&bytes) => plan.actions[index],
             Some(_) => {
                 self.step.deviates = true;
                 Action::Offload
@@ -214,6 +215,13 @@ impl Planner {
         }
     }
 
+    /// Whether samples are recorded, because there is no plan yet or the step deviates from it. A
+    /// step that follows its plan needs none, and asking a GPU's allocator is not free.
+    #[must_use]
+    pub fn is_recording(&self) -> bool {
+        self.plan.is_none() || self.step.deviates
+    }
+
     /// Bytes of units held on the device now.
     #[must_use]
     pub fn held_bytes(&self) -> u64 {
@@ -229,7 +237,7 @@ impl Planner {
     /// The plan in force, if a step has been recorded.
     #[must_use]
     pub fn plan(&self) -> Option<&Plan> {
-        self.plan.as_ref().map(|(_, plan)| plan)
+        self.plan.as_ref().map(|(_, _, plan)| plan)
     }
 
     /// The limits it plans for.
@@ -249,18 +257,28 @@ impl Planner {
     }
 
     fn end(&mut self, peak_bytes: Option<u64>) {
-        let sizes: Vec<u64> = self.step.record.units.iter().map(|unit| unit.bytes).collect();
-        let sampled = self.step.peak_bytes;
-        let hidden = peak_bytes.map_or(0, |peak| peak.saturating_sub(sampled));
-        let overran = self.step.peak_bytes + hidden > self.limits.budget_bytes;
-        self.hidden_bytes = self.hidden_bytes.max(hidden);
-        self.peak_bytes = self.peak_bytes.max(sampled + hidden);
-        let known = self.plan.as_ref().is_some_and(|(planned, _)| *planned == sizes);
-        if !known || overran {
-            self.step.record.hidden_bytes = self.hidden_bytes;
-            let plan = make_plan(&self.step.record, &self.limits);
-            self.plan = Some((sizes, plan));
+        let peak = peak_bytes.unwrap_or(0).max(self.step.peak_bytes);
+        self.peak_bytes = self.peak_bytes.max(peak);
+        if self.step.deviates {
+            // Sampled in part only: the next step of this shape is recorded from its first event.
+            self.plan = None;
+            return;
         }
+        let overrun = peak.saturating_sub(self.limits.budget_bytes);
+        if let Some((_, planned, plan)) = &mut self.plan {
+            if overrun > 0 {
+                self.hidden_bytes += overrun;
+                planned.hidden_bytes = self.hidden_bytes;
+                *plan = make_plan(planned, &self.limits);
+            }
+            return;
+        }
+        self.hidden_bytes = self.hidden_bytes.max(peak - self.step.peak_bytes);
+        let mut record = self.step.record.clone();
+        record.hidden_bytes = self.hidden_bytes;
+        let sizes = record.units.iter().map(|unit| unit.bytes).collect();
+        let plan = make_plan(&record, &self.limits);
+        self.plan = Some((sizes, record, plan));
     }
 
     fn event(&mut self, sample: Sample) -> usize {
@@ -298,5 +316,80 @@ impl Planner {
             step.ahead_bytes += bytes;
         }
         step.live[index] = to;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Link;
+
+    fn planner(budget_bytes: u64) -> Planner {
+        let link = Link { offload_gbps: 1.0, onboard_gbps: 1.0 };
+        Planner::new(Limits { budget_bytes, lookahead_bytes: 100, link }, 100).expect("fits")
+    }
+
+    fn sample(allocated_bytes: u64) -> Sample {
+        Sample { now_us: 0.0, allocated_bytes }
+    }
+
+    /// A forward over `sizes` and a backward in reverse, with `peak` reported at the end.
+    fn step(planner: &mut Planner, sizes: &[u64], peak: u64) -> Vec<Action> {
+        let mut units = Vec::new();
+        let mut actions = Vec::new();
+        for &bytes in sizes {
+            let (unit, action) =
+                planner.pack(bytes, sample(100 + planner.held_bytes() + bytes)).expect("fits");
+            if action == Action::Offload {
+                planner.left(unit);
+            }
+            units.push(unit);
+            actions.push(action);
+        }
+        for &unit in units.iter().rev() {
+            planner.need(unit, sample(100 + planner.held_bytes()));
+            planner.arrived(unit, 0.0);
+            planner.free(unit, sample(100 + planner.held_bytes()), || Some(peak));
+        }
+        assert_eq!(planner.held_bytes(), 0);
+        actions
+    }
+
+    #[test]
+    fn the_first_step_offloads_and_the_second_keeps_what_fits() {
+        let mut planner = planner(400);
+        assert_eq!(step(&mut planner, &[90; 4], 0), [Action::Offload; 4]);
+        let second = step(&mut planner, &[90; 4], 0);
+        assert_eq!(second, [Action::Offload, Action::Offload, Action::Keep, Action::Keep]);
+        assert!(!planner.is_recording());
+    }
+
+    #[test]
+    fn another_shape_falls_back_to_offloading_and_is_recorded() {
+        let mut planner = planner(1000);
+        step(&mut planner, &[90; 4], 0);
+        assert_eq!(step(&mut planner, &[90, 80, 90], 0)[1..], [Action::Offload; 2]);
+        assert!(planner.is_recording());
+        step(&mut planner, &[90, 80, 90], 0);
+        assert_eq!(step(&mut planner, &[90, 80, 90], 0), [Action::Keep; 3]);
+    }
+
+    #[test]
+    fn an_overrun_that_no_event_saw_makes_the_next_step_keep_less() {
+        let mut planner = planner(400);
+        step(&mut planner, &[90; 4], 0);
+        let kept = |actions: Vec<Action>| actions.iter().filter(|a| **a == Action::Keep).count();
+        assert_eq!(kept(step(&mut planner, &[90; 4], 450)), 2);
+        assert_eq!(kept(step(&mut planner, &[90; 4], 0)), 1);
+        assert_eq!(planner.peak_bytes(), 450);
+    }
+
+    #[test]
+    fn budgets_that_cannot_be_kept_are_errors_with_their_facts() {
+        let limits = *planner(400).limits();
+        let Error::Budget { requested_bytes, budget_bytes, .. } =
+            Planner::new(limits, 401).err().expect("parameters do not fit");
+        assert_eq!((requested_bytes, budget_bytes), (401, 400));
+        assert!(planner(400).pack(301, sample(0)).is_err(), "one tensor larger than what is left");
     }
 }
