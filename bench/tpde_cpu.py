@@ -28,8 +28,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import tpde_peers as peers
-from overspill import tpde
 from safetensors.torch import load_file
+
+from overspill import tpde
 
 RESULTS = Path(__file__).parent / "results" / "tpde_cpu.json"
 # (run, from step, to step): the rows of the table of real steps, and checkpoints 500 steps apart.

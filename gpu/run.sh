@@ -9,7 +9,8 @@ export OUT OVERSPILL_REQUIRE_GPU=1 PYTHONUNBUFFERED=1 COMMIT=${COMMIT:-$(cat $BU
 mkdir -p "$OUT"
 python3 -c 'import torch; assert torch.cuda.is_available()' || { echo "no GPU"; exit 1; }
 python3 -m pip install -q --no-index --no-deps --no-compile --target /tmp/overspill-site --upgrade $BUNDLE/*.whl
-export PYTHONPATH=/tmp/overspill-site
+export PYTHONPATH=/tmp/overspill-site:$PWD/$BUNDLE
+mkdir -p target/demo && tar -xf $BUNDLE/model.tar.xz -C target/demo
 summary=()
 step() {  # NAME SECONDS COMMAND...
   local name=$1 seconds=$2 begin=$SECONDS
@@ -25,7 +26,7 @@ for what in "$@"; do
     sanitizer) step sanitizer 300 compute-sanitizer --tool memcheck --error-exitcode 9 $BUNDLE/conformance_cuda kernel ;;
     matrix) step matrix 400 python3 -m pytest -q -x -p no:cacheprovider python/tests/test_storm_matrix.py -k cuda ;;
     doctor) step doctor 60 python3 -m overspill doctor --json; cp "$OUT/doctor.log" "$OUT/doctor.json" ;;
-    demo) step demo 300 python3 -m overspill.demo --out target/demo --model $BUNDLE/smollm2-cut ;;
+    demo) step demo 300 python3 -m overspill.demo --out target/demo; cp target/demo/report.json "$OUT/demo.json" ;;
     *) step "$what" 420 python3 bench/"$what".py ;;
   esac
 done

@@ -2,6 +2,7 @@
 
 from ._native import __version__
 from .errors import BudgetError, DeviceError, FormatError, OverspillError, TransferError
+from .layers import StormFunction, StormLinear
 from .storm import Storm
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "FormatError",
     "OverspillError",
     "Storm",
+    "StormFunction",
+    "StormLinear",
     "TransferError",
     "__version__",
 ]
