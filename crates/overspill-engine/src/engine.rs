@@ -96,12 +96,15 @@ impl Engine {
                 ),
             }),
         };
+        let slab_bytes = config.slab_bytes.max(config.segment_bytes);
+        // Page-locking takes long; plain memory is there at once.
+        let pool = if device.info().pinned {
+            HostPool::growing_ahead(Arc::clone(&device), config.host_budget_bytes, slab_bytes)?
+        } else {
+            HostPool::new(Arc::clone(&device), config.host_budget_bytes, slab_bytes)
+        };
         let shared = Shared {
-            pool: HostPool::new(
-                Arc::clone(&device),
-                config.host_budget_bytes,
-                config.slab_bytes.max(config.segment_bytes),
-            ),
+            pool,
             out_stream: device.new_stream("offload")?,
             in_stream: device.new_stream("onboard")?,
             spill,
