@@ -29,9 +29,13 @@ impl Frequencies {
         let last = counts.iter().rposition(|&c| c > 0).expect("a count");
         let counts = &counts[first..=last];
         let used = counts.iter().filter(|&&c| c > 0).count() as u32;
-        let lowest = used.next_power_of_two().ilog2();
+        // Beyond eight times the events nothing is gained, and little below a 32nd of that.
+        let total: u64 = counts.iter().sum();
+        let fewest = used.next_power_of_two().ilog2();
+        let highest = (total.ilog2() + 3).min(PROB_BITS).max(fewest);
+        let lowest = highest.saturating_sub(5).max(fewest);
         let mut best: Option<(Self, f64)> = None;
-        for precision in lowest..=PROB_BITS {
+        for precision in lowest..=highest {
             let candidate = Frequencies { precision, first, values: scale(counts, 1 << precision) };
             let bits = candidate.order().1 as f64 + candidate.data_bits(counts);
             if best.as_ref().is_none_or(|(_, least)| bits < *least) {
@@ -113,6 +117,12 @@ fn scale(counts: &[u64], total: u32) -> Vec<u32> {
     let mut scaled: Vec<u32> =
         counts.iter().map(|&c| if c == 0 { 0 } else { (exact(c).round() as u32).max(1) }).collect();
     let mut error = i64::from(total) - scaled.iter().map(|&f| i64::from(f)).sum::<i64>();
+    // What rounding left over is lost on a symbol much larger than it.
+    let largest = (0..scaled.len()).max_by_key(|&i| scaled[i]).expect("a symbol");
+    if error.unsigned_abs() * 16 <= u64::from(scaled[largest]) {
+        scaled[largest] = (i64::from(scaled[largest]) + error) as u32;
+        error = 0;
+    }
     while error != 0 {
         // Move the symbol whose cost suffers least: the largest gain or smallest loss per unit.
         let step = error.signum();
