@@ -198,7 +198,9 @@ class NaiveStorm(contextlib.AbstractContextManager[Any]):
             out.set_(data.clone().untyped_storage(), offset, size, stride)
             if conj and self._fault != "conj_lost":
                 out = out.conj()
-            return torch._neg_view(out) if neg else out
+            shared = witness.detach()
+            shared.data = torch._neg_view(out) if neg else out
+            return shared
 
 
 FAULTS = (
