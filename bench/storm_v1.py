@@ -183,6 +183,7 @@ def trl_offload(model: torch.nn.Module) -> Any:
         loaded = importlib.util.spec_from_file_location("trl_activation_offloading", path)
         module = importlib.util.module_from_spec(loaded)
         loaded.loader.exec_module(module)
+        importlib.import_module("accelerate").PartialState()  # its logger asks for it
         return module.OffloadActivations()
     except Exception as error:
         print(f"TRL's OffloadActivations does not load here: {error!r}", file=sys.stderr)

@@ -2,18 +2,17 @@
 The native half of overspill; use it through the `overspill` package.
 """
 
+from _typeshed import SupportsGetItem
 from os import PathLike
 from typing import Any, Final, SupportsFloat, SupportsIndex, final
 
-from _typeshed import SupportsGetItem
-
 __all__ = [
+    "__version__",
     "Engine",
     "Onboarding",
     "Planner",
     "Slot",
     "TpdePatch",
-    "__version__",
     "process_memory",
     "resident_peak_bytes",
     "return_freed_tensors",
@@ -144,6 +143,11 @@ class Planner:
     def held_bytes(self, /) -> int:
         """
         Bytes of units held on the device now.
+        """
+    @property
+    def is_recording(self, /) -> bool:
+        """
+        Whether the planner wants to know what is allocated at every event.
         """
     def left(self, /, unit: SupportsIndex) -> None:
         """

@@ -381,7 +381,7 @@ class Storm:
             self._edge.engine_name if seed is None else "sim",
             host_budget_bytes=host_bytes,
             slab_bytes=min(host_bytes, 1024 * _MIB),
-            segment_bytes=max(min(16 * _MIB, host_bytes // 8), 4096),
+            segment_bytes=max(min((256 if on_gpu else 8) * _MIB, host_bytes // 8), 4096),
             spill_dir=spill_dir,
             spill_limit_bytes=limit,
             eager_spill=not on_gpu,

@@ -118,7 +118,12 @@ def offload_everything(model: nn.Module, **options: Any) -> contextlib.AbstractC
     from overspill import Storm
 
     weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    return Storm(model, vram_budget=2 * weights + 2**20, min_bytes=1, **options)
+    # cuDNN's LSTM saves a workspace that is larger than the whole model.
+    on_gpu_lstm = weights and any(
+        isinstance(m, nn.LSTM) and next(m.parameters()).is_cuda for m in model.modules()
+    )
+    room = 2**23 if on_gpu_lstm else 2**20
+    return Storm(model, vram_budget=2 * weights + room, min_bytes=1, **options)
 
 
 def keep_everything(model: nn.Module, **options: Any) -> contextlib.AbstractContextManager[Any]:

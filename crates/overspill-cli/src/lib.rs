@@ -5,6 +5,7 @@
 //! standard output, progress and one-line errors to standard error.
 
 mod bar;
+mod doctor;
 mod table;
 mod tpde;
 
@@ -24,6 +25,7 @@ struct Cli {
 enum Command {
     /// Weights as lossless deltas: pack, apply, verify, inspect and compare checkpoints.
     Tpde(tpde::Args),
+    Doctor(doctor::Args),
 }
 
 /// How a command ended without doing its job.
@@ -56,6 +58,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
     };
     let outcome = match cli.command {
         Command::Tpde(args) => tpde::run(args),
+        Command::Doctor(args) => doctor::run(&args),
     };
     let (code, message) = match outcome {
         Ok(()) => return 0,

@@ -388,7 +388,7 @@ mod tests {
     fn budgets_that_cannot_be_kept_are_errors_with_their_facts() {
         let limits = *planner(400).limits();
         let Error::Budget { requested_bytes, budget_bytes, .. } =
-            Planner::new(limits, 401).err().expect("parameters do not fit");
+            Planner::new(limits, 401).expect_err("parameters do not fit");
         assert_eq!((requested_bytes, budget_bytes), (401, 400));
         assert!(planner(400).pack(301, sample(0)).is_err(), "one tensor larger than what is left");
     }

@@ -54,9 +54,10 @@ def load(folder: Path, token_count: int, device: torch.device) -> tuple[torch.nn
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to(device)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # out of the mapped file, into memory that counts
-    model.config.use_cache = False
+    model.config.use_cache = False  # type: ignore[union-attr]
     model.train()
     return model, torch.load(folder / f"tokens-{token_count}.pt").to(device)

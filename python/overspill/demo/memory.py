@@ -27,8 +27,10 @@ class PeakMeter:
         self._peak = 0
         self._stop = threading.Event()
         self.start_bytes = self._now()
+        self._sampler: threading.Thread | None = None
         if self._cuda is not None:
-            threading.Thread(target=self._sample, daemon=True).start()
+            self._sampler = threading.Thread(target=self._sample, daemon=True)
+            self._sampler.start()
         else:
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
 
@@ -43,5 +45,8 @@ class PeakMeter:
             self._peak = max(self._peak, self._now())
 
     def peak_bytes(self) -> int:
-        """Most bytes in use since the meter was made."""
+        """Most bytes in use since the meter was made; ends the measurement."""
+        self._stop.set()
+        if self._sampler is not None:
+            self._sampler.join()
         return _status_bytes("VmHWM") if self._cuda is None else max(self._peak, self._now())
