@@ -52,8 +52,12 @@ def train_wide(budget: int | None, steps: int = 4) -> tuple[Run, int]:
 
 @pytest.mark.parametrize("room_mib", [16, 22, 28, 64])
 def test_a_mixture_has_the_same_bits_within_the_budget(room_mib: int) -> None:
-    """Room for none, some, most and all of the 32 MiB that a step saves."""
-    expected, keep_all_peak = train_wide(None)
+    """Room for none, some, most and all of the 32 MiB that a step saves.
+
+    The peak is held against the budget, not against the keep-all run: that ran earlier in this process, whose
+    heap has grown since.
+    """
+    expected, _ = train_wide(None)
     gc.collect()
     budget = _native.process_memory()[0] + room_mib * MIB
     run, peak = train_wide(budget)
@@ -65,7 +69,6 @@ def test_a_mixture_has_the_same_bits_within_the_budget(room_mib: int) -> None:
     if room_mib == 64:
         assert report["units"]["kept"] > 0
     else:
-        assert peak < keep_all_peak
         assert report["units"]["offloaded"] > report["units"]["kept"]
 
 
