@@ -1,0 +1,123 @@
+"""Draws docs/figures/*.svg from bench/results/*.json: one figure a result file, nothing where there is none.
+
+A figure holds only what its file holds, with the machine and the commit below it. It does not measure.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+
+from common import RESULTS
+
+FIGURES = Path(__file__).parent.parent / "docs" / "figures"
+OURS, OTHERS = "#1f6f8b", "#b9c3c9"
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    # Text stays text, and the same data gives the same file.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "overspill",
+}
+STEP_PEERS = ("xor + zstd-1", "16-bit gaps + values + zstd-1")
+
+
+def tpde_cpu(document: dict[str, Any]) -> plt.Figure:
+    """Ratio of every real step: TPDE, two peers on the same bytes, and the entropy bound."""
+    steps: dict[str, dict[str, float]] = {}
+    for row in document["rows"]:
+        name = row["id"].removeprefix("tpde_cpu.step.")
+        if name == row["id"]:
+            continue
+        step = steps.setdefault(name, {"TPDE": row["value"], "limit": row["limit"]})
+        step[row["peer"]] = row["peer_value"]
+    ordered = sorted(steps.items(), key=lambda item: item[1]["TPDE"])
+    figure, axes = plt.subplots(figsize=(7.5, 0.42 * len(ordered) + 1.4))
+    for n, (label, colour) in enumerate(
+        (("TPDE", OURS), (STEP_PEERS[0], "#d9a441"), (STEP_PEERS[1], OTHERS))
+    ):
+        places = [y + 0.26 * (1 - n) for y in range(len(ordered))]
+        axes.barh(places, [step[label] for _, step in ordered], height=0.26, color=colour, label=label)
+    bounds = [step["limit"] for _, step in ordered]
+    axes.plot(
+        bounds,
+        [y + 0.26 for y in range(len(ordered))],
+        "|",
+        color="black",
+        ms=9,
+        label="entropy given tensor and base exponent",
+    )
+    axes.set_yticks(
+        range(len(ordered)), [re.sub(r"\.(\d+)_(\d+)$", r", step \1 to \2", n) for n, _ in ordered]
+    )
+    axes.set_xscale("log")
+    axes.set_xlim(left=1)
+    axes.set_xlabel("times smaller than the raw checkpoint (log scale)")
+    axes.set_title("TPDE on real fine-tune steps of two trained models", loc="left")
+    axes.legend(frameon=False, loc="lower right", fontsize=8)
+    return figure
+
+
+def storm_v1(document: dict[str, Any]) -> plt.Figure | None:
+    """Step time against activation peak, a panel a width, both as shares of keep-all."""
+    points: dict[int, list[tuple[str, float, float]]] = {}
+    for row in document["rows"]:
+        found = re.fullmatch(r"storm_v1\.h(\d+)\.(\w+)", row["id"])
+        share = re.search(r"([\d.]+) of keep-all", row["note"] or "")
+        if found and share and row["unit"] == "ms":
+            ratio = row["value"] / row["peer_value"]
+            points.setdefault(int(found[1]), []).append((found[2], float(share[1]), ratio))
+    if not points:
+        return None
+    figure, panels = plt.subplots(1, len(points), figsize=(3.6 * len(points), 3.6), squeeze=False)
+    for axes, (width, methods) in zip(panels[0], sorted(points.items()), strict=True):
+        for name, share, ratio in methods:
+            axes.plot(share, ratio, "o", color=OURS if name.startswith("storm") else OTHERS)
+            axes.annotate(
+                name.replace("_", " "), (share, ratio), xytext=(4, 4), textcoords="offset points", fontsize=7
+            )
+        axes.set_title(f"h = {width}", loc="left")
+        axes.set_xlabel("activation peak / keep-all")
+        axes.set_ylabel("step time / keep-all")
+        axes.set_xlim(0, 1.25)
+    return figure
+
+
+DRAWN = {"tpde_cpu": tpde_cpu, "storm_v1": storm_v1}
+
+
+def main() -> None:
+    """Draws what there are results for, and says what was drawn."""
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    for name, draw in DRAWN.items():
+        source = RESULTS / f"{name}.json"
+        if not source.exists():
+            print(f"{name}: no {source.name}, nothing drawn")
+            continue
+        document = json.loads(source.read_text())
+        with plt.rc_context(STYLE):
+            figure = draw(document)
+            if figure is None:
+                print(f"{name}: no rows that the figure needs, nothing drawn")
+                continue
+            caption = f"{document['machine']}; commit {document['commit'][:10]}; {document['date'][:10]}"
+            figure.tight_layout()
+            figure.text(0.01, -0.02, textwrap.fill(caption, 110), fontsize=7, color="#555555", va="top")
+            path = FIGURES / f"{name}.svg"
+            figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+            plt.close(figure)
+        print(path.relative_to(FIGURES.parent.parent))
+
+
+if __name__ == "__main__":
+    main()
