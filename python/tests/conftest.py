@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,3 +24,10 @@ def one_thread() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Tests that send everything away state a budget below what the process itself takes."""
     config.addinivalue_line("filterwarnings", "ignore:vram_budget of .* is exceeded")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says what a machine without a GPU has not tested."""
+    left_out = sum("gpu" in report.keywords for report in terminalreporter.stats.get("skipped", []))
+    if left_out:
+        terminalreporter.write_line(f"no GPU here: {left_out} GPU tests were left out")

@@ -1,0 +1,72 @@
+"""What the README shows works as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from overspill._native import run_cli
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+class Lines(nn.Module):
+    """A model whose output has a loss, as those of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        class Output:
+            loss = self.body(x).square().mean()
+
+        return Output
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two checkpoints that the README names, in the current folder."""
+    torch.manual_seed(0)
+    base = torch.randn(64, 64)
+    save_file({"w": base}, tmp_path / "step-100.safetensors")
+    save_file({"w": base + (torch.rand(64, 64) < 0.1) * 0.01}, tmp_path / "step-101.safetensors")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("checkpoints")
+def test_python_blocks_run() -> None:
+    sources = blocks("python")
+    assert len(sources) >= 2
+    model = Lines()
+    for source in sources:
+        exec(compile(source, "README.md", "exec"), {"model": model, "batch": {"x": torch.randn(8, 64)}})
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert Path("step-101.tpde").exists()
+
+
+@pytest.mark.usefixtures("checkpoints")
+def test_commands_do_what_they_say() -> None:
+    commands = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
+    commands = [command for command in commands if command[:1] == ["overspill"] and command[1] != "doctor"]
+    assert len(commands) >= 3
+    assert [run_cli(command) for command in commands] == [0] * len(commands)
+    assert torch.equal(load_file("restored.safetensors")["w"], load_file("step-101.safetensors")["w"])
+
+
+def test_make_targets_exist() -> None:
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
+    named = set(re.findall(r"`?make ([a-z][a-z-]*)", README))
+    assert {"demo", "test"} <= named
+    assert not {name for name in named if not re.search(rf"^{name}:", makefile, flags=re.MULTILINE)}
