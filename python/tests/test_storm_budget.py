@@ -69,7 +69,7 @@ def test_a_mixture_has_the_same_bits_within_the_budget(room_mib: int) -> None:
     if room_mib == 64:
         assert report["units"]["kept"] > 0
     else:
-        assert report["units"]["offloaded"] > report["units"]["kept"]
+        assert report["units"]["offloaded"] >= LAYERS  # the first step, which learns, sends all
 
 
 def test_shapes_that_change_replan() -> None:
