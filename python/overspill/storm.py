@@ -236,6 +236,8 @@ class Storm:
     def _release_sources(self) -> None:
         """Lets sources of offloads go, oldest first, while too many bytes are on their way out."""
         over_budget = self._sampled_bytes() > self.vram_budget_bytes
+        while self._leaving and ((first := self._leaving[0]()) is None or first.source is None):
+            self._leaving.popleft()  # gone by itself: its graph was freed first
         while self._leaving and (over_budget or self._leaving_bytes > self._leaving_limit):
             unit = self._leaving.popleft()()
             if unit is None or unit.source is None or unit.slot is None:
