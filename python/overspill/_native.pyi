@@ -8,6 +8,7 @@ from typing import Any, Final, SupportsFloat, SupportsIndex, final
 
 __all__ = [
     "__version__",
+    "DjinnPool",
     "Engine",
     "Onboarding",
     "Planner",
@@ -21,6 +22,138 @@ __all__ = [
 ]
 
 __version__: Final[str]
+
+@final
+class DjinnPool:
+    """
+    Keeps the keys and values of many sessions on a device, in host memory and on disk; see the crate
+    `overspill-djinn`. The arena is memory of the caller's, at `address`, kept alive by `owner`.
+    """
+    def __new__(
+        cls,
+        /,
+        device: str,
+        address: SupportsIndex,
+        arena_bytes: SupportsIndex,
+        owner: Any,
+        *,
+        layers: SupportsIndex,
+        tokens: SupportsIndex,
+        token_bytes: SupportsIndex,
+        host_budget_bytes: SupportsIndex,
+        slab_bytes: SupportsIndex,
+        spill_dir: str | PathLike[str] | None = None,
+        spill_limit_bytes: SupportsIndex = 0,
+        write_through: bool = True,
+        flush_bytes: SupportsIndex = 1048576,
+        tail_tokens: SupportsIndex = 64,
+        seed: SupportsIndex | None = None,
+    ) -> DjinnPool: ...
+    def abandon(self, /, id: SupportsIndex, stream: SupportsIndex) -> None:
+        """
+        Gives up a forward: the session is what it was when it began.
+        """
+    def begin(self, /, id: SupportsIndex) -> tuple[int, int | None, bool]:
+        """
+        Starts or resumes a forward: the slab, the layer after which it was paused, and whether any
+        layer has to be touched first.
+        """
+    def counters_json(self, /) -> str:
+        """
+        Counters as JSON: `slabs`, `slabs_free`, `host`, `disk_bytes` and those of the pool.
+        """
+    def create(self, /, id: SupportsIndex) -> None:
+        """
+        Adds an empty session.
+        """
+    def drain(self, /) -> None:
+        """
+        Blocks until no copy is under way.
+        """
+    def drop_host_copy(self, /, id: SupportsIndex) -> None:
+        """
+        Gives up the host copy of a resident session.
+        """
+    def evict(self, /, id: SupportsIndex) -> None:
+        """
+        Sends a session off the device.
+        """
+    def expect(self, /, id: SupportsIndex, eta_us: SupportsFloat | SupportsIndex) -> None:
+        """
+        The session will be needed `eta_us` from now.
+        """
+    def fork(self, /, parent: SupportsIndex, child: SupportsIndex) -> None:
+        """
+        A second session with the same tokens and pause.
+        """
+    def load(self, /, id: SupportsIndex, path: str | PathLike[str]) -> str:
+        """
+        Adds a session from a file; the record that was saved with it.
+        """
+    def park(self, /, id: SupportsIndex, pause: SupportsIndex | None, stream: SupportsIndex) -> None:
+        """
+        Ends the forward, or stands still after layer `pause`.
+        """
+    def place(self, /, id: SupportsIndex) -> tuple[bool, int, int]:
+        """
+        Whether the session is on the device, and its host copy's bytes in host memory and on disk.
+        """
+    def remove(self, /, id: SupportsIndex) -> None:
+        """
+        Ends a session.
+        """
+    def reserve_host(self, /) -> None:
+        """
+        Takes the whole host budget now.
+        """
+    def restore(self, /, id: SupportsIndex) -> None:
+        """
+        Starts bringing a session back.
+        """
+    def restore_due(self, /, lead_us: SupportsFloat | SupportsIndex) -> int:
+        """
+        Brings back the sessions that are due within `lead_us`; how many.
+        """
+    @property
+    def run_bytes(self, /) -> int:
+        """
+        Bytes from the start of one part of a layer to the start of the next.
+        """
+    def save(self, /, id: SupportsIndex, path: str | PathLike[str], record: str) -> None:
+        """
+        Writes a session and the caller's record to a file.
+        """
+    @staticmethod
+    def slab_bytes(layers: SupportsIndex, tokens: SupportsIndex, token_bytes: SupportsIndex) -> int:
+        """
+        Bytes of one session's slab.
+        """
+    def spill(self, /, id: SupportsIndex) -> None:
+        """
+        Writes the host copy to disk.
+        """
+    def tokens(self, /, id: SupportsIndex) -> list[int]:
+        """
+        Tokens of each layer.
+        """
+    def touch(self, /, id: SupportsIndex, layer: SupportsIndex, stream: SupportsIndex) -> None:
+        """
+        Makes `stream` wait for what still happens to a layer; call it before the layer is used.
+        """
+    def unspill(self, /, id: SupportsIndex) -> None:
+        """
+        Reads the host copy back from disk.
+        """
+    def wrote(
+        self, /, id: SupportsIndex, layer: SupportsIndex, tokens: SupportsIndex, stream: SupportsIndex
+    ) -> None:
+        """
+        The layer has `tokens` from this point of `stream` on.
+        """
+    def wrote_all(self, /, id: SupportsIndex, tokens: SupportsIndex, stream: SupportsIndex) -> None:
+        """
+        As `wrote`, of every layer.
+        """
 
 @final
 class Engine:

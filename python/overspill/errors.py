@@ -16,6 +16,10 @@ class OverspillError(Exception):
         tensor: the tensor.
         expected_state: state id that a patch starts from.
         found_state: state id of the base that was given.
+        session: the session.
+        layer: the layer.
+        tokens: tokens that a session would have.
+        limit_tokens: the most that it can have.
     """
 
     tier: str | None = None
@@ -27,6 +31,10 @@ class OverspillError(Exception):
     tensor: str | None = None
     expected_state: str | None = None
     found_state: str | None = None
+    session: str | int | None = None
+    layer: int | None = None
+    tokens: int | None = None
+    limit_tokens: int | None = None
 
     def __init__(self, message: str, **facts: object) -> None:
         super().__init__(message)
@@ -48,3 +56,11 @@ class TransferError(OverspillError):
 
 class DeviceError(OverspillError):
     """The device is missing, too old, or refused a call."""
+
+
+class SessionError(OverspillError):
+    """A session is not in a state that allows the call, or was given what it cannot take; it is as it was."""
+
+
+class UnsupportedModelError(OverspillError):
+    """A kind of model for which sessions have not been proved exact."""

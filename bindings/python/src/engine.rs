@@ -171,7 +171,8 @@ impl Onboarding {
     }
 }
 
-fn open(py: Python<'_>, device: &str, seed: Option<u64>, planted: Option<&str>) -> PyResult<DeviceRef> {
+/// The device called `device`; a seeded one if there is a seed.
+pub fn open(py: Python<'_>, device: &str, seed: Option<u64>, planted: Option<&str>) -> PyResult<DeviceRef> {
     let refused = || {
         let what = "expected \"cpu\", \"sim\" with a seed, or \"cuda:N\"";
         raise(py, "DeviceError", &format!("device {device:?} is not known; {what}"), |_| Ok(()))

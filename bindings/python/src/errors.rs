@@ -81,6 +81,38 @@ pub fn storm_error(error: &StormError) -> PyErr {
     })
 }
 
+/// An error about sessions.
+pub fn djinn_error(py: Python<'_>, error: &overspill_djinn::Error) -> PyErr {
+    use overspill_djinn::Error;
+    match error {
+        Error::Engine(error) => engine_error(error),
+        Error::Damaged { path, .. } => {
+            raise(py, "FormatError", error, |facts| facts.set_item("path", path.to_string_lossy()))
+        }
+        Error::File { path, .. } => raise(py, "TransferError", error, |facts| {
+            facts.set_item("tier", Tier::Disk.to_string())?;
+            facts.set_item("path", path.to_string_lossy())
+        }),
+        Error::Arena { arena_bytes, slab_bytes } => raise(py, "BudgetError", error, |facts| {
+            facts.set_item("tier", Tier::Device.to_string())?;
+            facts.set_item("requested_bytes", slab_bytes)?;
+            facts.set_item("available_bytes", arena_bytes)
+        }),
+        Error::NoSlab { .. } => {
+            raise(py, "BudgetError", error, |facts| facts.set_item("tier", Tier::Device.to_string()))
+        }
+        Error::TooLong { id, tokens, limit_tokens } => raise(py, "SessionError", error, |facts| {
+            facts.set_item("session", id)?;
+            facts.set_item("tokens", tokens)?;
+            facts.set_item("limit_tokens", limit_tokens)
+        }),
+        Error::Unknown { id } | Error::Exists { id } | Error::Refused { id, .. } => {
+            raise(py, "SessionError", error, |facts| facts.set_item("session", id))
+        }
+        Error::StaleSeat { .. } => raise(py, "SessionError", error, |_| Ok(())),
+    }
+}
+
 /// An error about checkpoints and patches.
 pub fn tpde_error(py: Python<'_>, error: &overspill_tpde::Error) -> PyErr {
     use overspill_tpde::Error;

@@ -3,6 +3,7 @@
 //! No algorithms here. Addresses of tensors cross this border as integers together with the Python
 //! object that keeps them alive ([`engine::lease`] and [`tpde`] are the only places that trust one).
 
+mod djinn;
 mod engine;
 mod errors;
 mod storm;
@@ -13,6 +14,8 @@ use pyo3::prelude::*;
 /// The native half of overspill; use it through the `overspill` package.
 #[pymodule]
 mod _native {
+    #[pymodule_export]
+    use crate::djinn::DjinnPool;
     #[pymodule_export]
     use crate::engine::{Engine, Onboarding, Slot};
     #[pymodule_export]

@@ -2,18 +2,24 @@
 
 use std::sync::Arc;
 
-use crate::{DeviceRange, Direction, Error, EventRef, HostExtent, RawCopy, Result, StreamRef};
+use crate::{DeviceRange, Direction, Error, EventRef, HostExtent, Keep, RawCopy, Result, StreamRef};
 
 /// A copy on its way, with the leases it needs.
 ///
 /// Drop it once [`InFlight::is_done`]; dropped before that, it blocks until the event has passed,
 /// because freeing memory under a copy is never right.
 #[must_use = "dropping a copy in flight blocks until it has passed"]
-#[derive(Debug)]
 pub struct InFlight {
-    pairs: Vec<(DeviceRange, Arc<HostExtent>)>,
+    /// The device's side and whatever holds the host's.
+    pairs: Vec<(DeviceRange, Keep)>,
     bytes: usize,
     event: EventRef,
+}
+
+impl std::fmt::Debug for InFlight {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "InFlight({} bytes)", self.bytes)
+    }
 }
 
 impl std::fmt::Debug for dyn crate::Event {
@@ -99,10 +105,24 @@ fn enqueue(
         }
         batch.push(RawCopy { direction, src_addr, dst_addr, bytes: src_bytes });
     }
+    let leases = pairs.into_iter().map(|(range, extent)| (range, extent as Keep)).collect();
     // SAFETY: the ranges and extents live in the InFlight until the event has passed; an extent
     // being filled makes its readers wait (`set_filled`), and one being read cannot be written,
     // since writing needs it outside its Arc.
-    let sent = unsafe { stream.copy(&batch) };
+    unsafe { send(stream, &batch, leases) }
+}
+
+/// Enqueues copies and records their event.
+///
+/// # Safety
+/// As [`crate::Stream::copy`]; `leases` keep both sides of every copy mapped.
+pub(crate) unsafe fn send(
+    stream: &StreamRef,
+    batch: &[RawCopy],
+    pairs: Vec<(DeviceRange, Keep)>,
+) -> Result<InFlight> {
+    // SAFETY: the caller's promise is ours.
+    let sent = unsafe { stream.copy(batch) };
     match sent.and_then(|()| stream.record()) {
         Ok(event) => {
             let bytes = batch.iter().map(|copy| copy.bytes).sum();

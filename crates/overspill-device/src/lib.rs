@@ -6,7 +6,7 @@
 //!
 //! Ownership: a copy in flight owns leases on its source and its destination until its event has
 //! passed ([`InFlight`]); an extent of host memory remembers the event of the copy that fills it
-//! and makes every reader wait for it ([`HostExtent`]). What this crate does not do: budgets,
+//! and makes every reader wait for it ([`HostExtent`], [`HostTape`] where it only grows). What this crate does not do: budgets,
 //! placement, policy, files.
 
 pub mod cuda;
@@ -20,6 +20,7 @@ mod memory;
 pub mod nvrtc;
 mod process;
 pub mod sim;
+mod tape;
 mod traits;
 
 pub use error::{Error, Result};
@@ -27,6 +28,7 @@ pub use gate::Gate;
 pub use inflight::{InFlight, offload, onboard};
 pub use memory::{DeviceRange, HostExtent, HostSlab, Keep};
 pub use process::{ProcessMemory, process_memory, resident_peak_bytes, return_freed_tensors};
+pub use tape::{HostTape, append, play};
 pub use traits::{
     Device, DeviceInfo, DeviceRef, Direction, Event, EventRef, HostQueue, Job, QueueRef, RawCopy, Stream,
     StreamRef,

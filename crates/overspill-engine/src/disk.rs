@@ -21,7 +21,7 @@ struct Inner {
 }
 
 /// Bytes on disk, freed when dropped.
-pub(crate) struct DiskExtent {
+pub struct DiskExtent {
     file: SpillFile,
     run: Option<Range<u64>>,
     bytes: usize,
@@ -65,7 +65,7 @@ impl SpillFile {
     }
 
     /// Writes `bytes`; on an error nothing is kept and the caller still has them.
-    pub(crate) fn write(&self, bytes: &[u8]) -> Result<DiskExtent> {
+    pub fn write(&self, bytes: &[u8]) -> Result<DiskExtent> {
         let run = {
             let mut extents = self.extents();
             extents.alloc(bytes.len() as u64).ok_or_else(|| Error::Full {
@@ -90,12 +90,14 @@ impl SpillFile {
 }
 
 impl DiskExtent {
-    pub(crate) fn bytes(&self) -> usize {
+    /// Length in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
         self.bytes
     }
 
     /// Reads back what was written, or says that it is not that.
-    pub(crate) fn read(&self, into: &mut [u8]) -> Result<()> {
+    pub fn read(&self, into: &mut [u8]) -> Result<()> {
         let offset_bytes = self.run.as_ref().map_or(0, |run| run.start);
         self.file.0.storage.read_at(offset_bytes, into).map_err(|error| Error::Io {
             operation: "read",

@@ -22,7 +22,7 @@ mod ticket;
 mod trace;
 
 pub use config::{EngineConfig, SpillConfig};
-pub use disk::SpillFile;
+pub use disk::{DiskExtent, SpillFile};
 pub use engine::{Engine, Onboarding};
 pub use error::{Error, Result, Tier};
 pub use extents::Extents;

@@ -1,0 +1,395 @@
+//! The pool: sessions, their turns, and who has to leave when the arena is full.
+//!
+//! Order. Compute is the caller's stream and is named in every call that depends on it. A layer's
+//! new tokens are copied out behind the point of compute at which [`Pool::wrote`] was called; a
+//! layer is computed on behind its copy in ([`Pool::touch`]); a slab's next user waits, layer by
+//! layer, for the copies and the compute of its last one. No call here waits for a copy, except
+//! where host memory has run out and for the disk.
+//!
+//! A pool is used under a lock of its owner's.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+};
+
+use overspill_device::{DeviceRange, DeviceRef, EventRef, InFlight, StreamRef};
+use overspill_engine::{HostPool, PoolCounters, SpillFile};
+
+use crate::{
+    Arena, Counters, Error, Geometry, Part, Refusal, Residency, Result, Seat, Session,
+    arena::{Fences, no_fences},
+    host_copy::HostCopy,
+};
+
+/// What a forward starts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Begun {
+    /// The session's slab.
+    pub slab: usize,
+    /// The layer after which it was paused, if it was.
+    pub pause: Option<usize>,
+    /// Whether a layer has something to wait for, so that [`Pool::touch`] is needed.
+    pub pending: bool,
+}
+
+/// How a pool behaves.
+#[derive(Debug, Clone)]
+pub struct PoolConfig {
+    /// Shape of every session.
+    pub geometry: Geometry,
+    /// Whether host copies follow as layers are written; else a session is copied when it leaves.
+    pub write_through: bool,
+    /// While a forward runs, a layer's tail is copied out at once when it has this many bytes; what
+    /// is smaller goes at the end of the forward, all layers together.
+    pub flush_bytes: usize,
+    /// Tokens for which a tail of a host copy is allocated at least.
+    pub tail_tokens: usize,
+}
+
+/// See the module.
+pub struct Pool {
+    pub(crate) config: PoolConfig,
+    pub(crate) device: DeviceRef,
+    pub(crate) arena: Arena,
+    pub(crate) host: HostPool,
+    pub(crate) spill: Option<SpillFile>,
+    pub(crate) out: StreamRef,
+    pub(crate) back: StreamRef,
+    pub(crate) sessions: BTreeMap<u64, Entry>,
+    pub(crate) in_flight: VecDeque<InFlight>,
+    pub(crate) counters: Counters,
+    turn: u64,
+}
+
+pub(crate) struct Entry {
+    pub session: Session<Seat>,
+    pub copy: HostCopy,
+    /// Per layer, what compute has yet to wait for before it touches it.
+    pub arrivals: Fences,
+    /// Per layer, copies out of the slab that may still run.
+    pub departures: Fences,
+    /// Tokens per layer and pause at the last [`Pool::begin`].
+    pub begun: (Vec<usize>, Option<usize>),
+    /// The point of compute up to which the slab is used.
+    pub computed: Option<EventRef>,
+    /// Turn in which it was last used.
+    pub last_turn: u64,
+    /// When it will be needed again, if anybody said.
+    pub due_us: Option<f64>,
+}
+
+impl Pool {
+    /// A pool over `arena`, which is device memory that only sessions use.
+    pub fn new(
+        device: DeviceRef,
+        arena: DeviceRange,
+        host: HostPool,
+        spill: Option<SpillFile>,
+        config: PoolConfig,
+    ) -> Result<Self> {
+        Ok(Self {
+            arena: Arena::new(arena, config.geometry)?,
+            out: device.new_stream("offload")?,
+            back: device.new_stream("onboard")?,
+            config,
+            device,
+            host,
+            spill,
+            sessions: BTreeMap::new(),
+            in_flight: VecDeque::new(),
+            counters: Counters::default(),
+            turn: 0,
+        })
+    }
+
+    /// Adds an empty session.
+    pub fn create(&mut self, id: u64) -> Result<()> {
+        self.insert(id, vec![0; self.config.geometry.layers], None, HostCopy::new(&self.config.geometry))
+    }
+
+    pub(crate) fn insert(
+        &mut self,
+        id: u64,
+        tokens: Vec<usize>,
+        pause: Option<usize>,
+        copy: HostCopy,
+    ) -> Result<()> {
+        if self.sessions.contains_key(&id) {
+            return Err(Error::Exists { id });
+        }
+        let layers = self.config.geometry.layers;
+        let entry = Entry {
+            session: Session::away(tokens, pause),
+            copy,
+            arrivals: no_fences(layers),
+            departures: no_fences(layers),
+            begun: (Vec::new(), None),
+            computed: None,
+            last_turn: self.turn,
+            due_us: None,
+        };
+        self.sessions.insert(id, entry);
+        Ok(())
+    }
+
+    /// Starts or resumes a forward of `id`, bringing it to the device if need be and making room
+    /// for it.
+    pub fn begin(&mut self, id: u64) -> Result<Begun> {
+        self.reap()?;
+        if self.entry(id)?.session.is_running() {
+            return Err(Error::Refused { id, refusal: Refusal::Running });
+        }
+        self.restore(id)?;
+        self.turn += 1;
+        let turn = self.turn;
+        let entry = self.entry(id)?;
+        entry.last_turn = turn;
+        entry.due_us = None;
+        let tokens = entry.session.tokens();
+        let pause = entry.session.begin().map_err(|refusal| Error::Refused { id, refusal })?;
+        entry.begun = (tokens, pause);
+        let slab = entry.session.seat().map_err(|refusal| Error::Refused { id, refusal })?.slab();
+        let pending = entry.arrivals.iter().any(|events| !events.is_empty());
+        Ok(Begun { slab, pause, pending })
+    }
+
+    /// Makes `compute` wait for what still happens to `layer` of the slab of `id`. To be called
+    /// before each use of the layer in a forward; costs nothing when there is nothing to wait for.
+    pub fn touch(&mut self, id: u64, layer: usize, compute: &StreamRef) -> Result<()> {
+        let entry = self.entry(id)?;
+        let Some(arrivals) = entry.arrivals.get_mut(layer) else { return Ok(()) };
+        for event in arrivals.iter() {
+            compute.wait(event)?;
+        }
+        arrivals.clear();
+        Ok(())
+    }
+
+    /// `layer` of `id` has `tokens` from this point of `compute` on.
+    pub fn wrote(&mut self, id: u64, layer: usize, tokens: usize, compute: &StreamRef) -> Result<()> {
+        let Geometry { tokens: limit_tokens, token_bytes, .. } = self.config.geometry;
+        let (write_through, flush_bytes) = (self.config.write_through, self.config.flush_bytes);
+        let entry = self.entry(id)?;
+        if tokens > limit_tokens {
+            return Err(Error::TooLong { id, tokens, limit_tokens });
+        }
+        entry.session.wrote(layer, tokens).map_err(|refusal| Error::Refused { id, refusal })?;
+        let dirty = entry.session.dirty().map_err(|refusal| Error::Refused { id, refusal })?;
+        if write_through && dirty.get(layer).is_some_and(|run| 2 * run.len() * token_bytes >= flush_bytes) {
+            entry.computed = Some(compute.record()?);
+            self.write_through(id, layer..layer + 1)?;
+        }
+        Ok(())
+    }
+
+    /// Ends the forward of `id`, or stands still after layer `pause` of it. What is dirty is copied
+    /// out if host memory has room.
+    pub fn park(&mut self, id: u64, pause: Option<usize>, compute: &StreamRef) -> Result<()> {
+        let (layers, write_through) = (self.config.geometry.layers, self.config.write_through);
+        let entry = self.entry(id)?;
+        let computed = compute.record()?;
+        entry.session.park(pause).map_err(|refusal| Error::Refused { id, refusal })?;
+        entry.computed = Some(computed);
+        if write_through { self.write_through(id, 0..layers) } else { Ok(()) }
+    }
+
+    /// `id` will be needed `eta_us` from now, on the device's clock; the farthest leaves first.
+    pub fn expect(&mut self, id: u64, eta_us: f64) -> Result<()> {
+        let due_us = self.device.now_us() + eta_us;
+        self.entry(id)?.due_us = Some(due_us);
+        Ok(())
+    }
+
+    /// Brings sessions back that are due within `lead_us`, soonest first, while slabs are free or
+    /// belong to sessions that are due later. How many came back.
+    pub fn restore_due(&mut self, lead_us: f64) -> Result<usize> {
+        let horizon_us = self.device.now_us() + lead_us;
+        let mut due: Vec<(f64, u64)> = self
+            .sessions
+            .iter()
+            .filter(|(_, entry)| entry.session.residency() == Residency::Away)
+            .filter_map(|(&id, entry)| entry.due_us.filter(|&due| due <= horizon_us).map(|due| (due, id)))
+            .collect();
+        due.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let mut restored = 0;
+        for (due_us, id) in due {
+            let free = self.arena.free_slabs() > 0;
+            let later = |entry: &Entry| entry.due_us.is_some_and(|other| other > due_us.max(horizon_us));
+            if !free && !self.victim(id).is_some_and(|victim| later(&self.sessions[&victim])) {
+                break;
+            }
+            self.restore(id)?;
+            restored += 1;
+        }
+        Ok(restored)
+    }
+
+    /// A second session with the tokens and the pause of `parent`, whose bytes it shares.
+    pub fn fork(&mut self, parent: u64, child: u64) -> Result<()> {
+        if self.sessions.contains_key(&child) {
+            return Err(Error::Exists { id: child });
+        }
+        if self.entry(parent)?.session.is_running() {
+            return Err(Error::Refused { id: parent, refusal: Refusal::Running });
+        }
+        self.clean(parent)?;
+        let entry = self.entry(parent)?;
+        let (tokens, pause, copy) = (entry.session.tokens(), entry.session.pause(), entry.copy.share());
+        self.insert(child, tokens, pause, copy)
+    }
+
+    /// Ends a session and gives back all it has. Refused while it runs.
+    pub fn remove(&mut self, id: u64) -> Result<()> {
+        let Some(mut entry) = self.sessions.remove(&id) else { return Err(Error::Unknown { id }) };
+        let fences = entry.fences();
+        match entry.session.end() {
+            Ok(Some(seat)) => self.arena.give_back(&seat, fences),
+            Ok(None) => Ok(()),
+            Err((session, refusal)) => {
+                entry.session = session;
+                self.sessions.insert(id, entry);
+                Err(Error::Refused { id, refusal })
+            }
+        }
+    }
+
+    /// Gives up a forward that failed: the session is what it was when it began.
+    pub fn abandon(&mut self, id: u64, compute: &StreamRef) -> Result<()> {
+        let entry = self.entry(id)?;
+        let (tokens, pause) = entry.begun.clone();
+        let computed = compute.record()?;
+        entry.session.park(pause).map_err(|refusal| Error::Refused { id, refusal })?;
+        entry.computed = Some(computed);
+        self.rewind(id, &tokens)
+    }
+
+    /// Forgets what each layer has beyond `tokens`. What is written there next waits for the copies
+    /// out that may still read it.
+    fn rewind(&mut self, id: u64, tokens: &[usize]) -> Result<()> {
+        let token_bytes = self.config.geometry.token_bytes;
+        let entry = self.entry(id)?;
+        entry.session.rewind(tokens).map_err(|refusal| Error::Refused { id, refusal })?;
+        for (layer, &tokens) in tokens.iter().enumerate() {
+            for part in Part::BOTH {
+                entry.copy.run_mut(layer, part).truncate(tokens * token_bytes);
+            }
+            let departures = entry.departures[layer].clone();
+            entry.arrivals[layer].extend(departures);
+        }
+        Ok(())
+    }
+
+    /// Tokens of each layer of `id`.
+    pub fn tokens(&self, id: u64) -> Result<Vec<usize>> {
+        self.sessions.get(&id).map(|entry| entry.session.tokens()).ok_or(Error::Unknown { id })
+    }
+
+    /// Where `id` is.
+    pub fn residency(&self, id: u64) -> Result<Residency> {
+        self.sessions.get(&id).map(|entry| entry.session.residency()).ok_or(Error::Unknown { id })
+    }
+
+    /// The state machine of `id`.
+    pub fn session(&self, id: u64) -> Result<&Session<Seat>> {
+        self.sessions.get(&id).map(|entry| &entry.session).ok_or(Error::Unknown { id })
+    }
+
+    /// Bytes of the host copy of `id`, in host memory and on disk.
+    pub fn copy_bytes(&self, id: u64) -> Result<(usize, usize)> {
+        let entry = self.sessions.get(&id).ok_or(Error::Unknown { id })?;
+        Ok((entry.copy.host_bytes(), entry.copy.disk_bytes()))
+    }
+
+    /// Slabs in all and free.
+    #[must_use]
+    pub fn slabs(&self) -> (usize, usize) {
+        (self.arena.slabs(), self.arena.free_slabs())
+    }
+
+    /// The slab of `id`, if it is on the device.
+    #[must_use]
+    pub fn slab_of(&self, id: u64) -> Option<usize> {
+        self.sessions.get(&id)?.session.seat().ok().map(Seat::slab)
+    }
+
+    /// What was done so far.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// Counters of the host memory below.
+    #[must_use]
+    pub fn host_counters(&self) -> PoolCounters {
+        self.host.counters()
+    }
+
+    /// Bytes of the spill file in use.
+    #[must_use]
+    pub fn disk_bytes(&self) -> u64 {
+        self.spill.as_ref().map_or(0, SpillFile::used_bytes)
+    }
+
+    /// Takes the whole host budget now rather than as it is needed.
+    pub fn reserve_host(&self) -> Result<()> {
+        Ok(self.host.reserve_all()?)
+    }
+
+    /// Blocks until no copy is under way.
+    pub fn drain(&mut self) -> Result<()> {
+        while let Some(oldest) = self.in_flight.pop_front() {
+            oldest.event().synchronize()?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn entry(&mut self, id: u64) -> Result<&mut Entry> {
+        self.sessions.get_mut(&id).ok_or(Error::Unknown { id })
+    }
+
+    /// The resident, parked session that will be needed last: the farthest of those that said when,
+    /// else the one whose turn is longest ago.
+    pub(crate) fn victim(&self, keep: u64) -> Option<u64> {
+        let parked =
+            |entry: &Entry| entry.session.residency() == Residency::Resident && !entry.session.is_running();
+        let next_use =
+            |entry: &Entry| (entry.due_us.unwrap_or(f64::NEG_INFINITY), u64::MAX - entry.last_turn);
+        self.sessions
+            .iter()
+            .filter(|&(&id, entry)| id != keep && parked(entry))
+            .max_by(|(_, a), (_, b)| {
+                let ((a_due, a_age), (b_due, b_age)) = (next_use(a), next_use(b));
+                a_due.total_cmp(&b_due).then(a_age.cmp(&b_age))
+            })
+            .map(|(&id, _)| id)
+    }
+
+    /// Lets go of copies whose events have passed.
+    pub(crate) fn reap(&mut self) -> Result<()> {
+        let mut left = VecDeque::new();
+        for copy in self.in_flight.drain(..) {
+            if !copy.event().is_done()? {
+                left.push_back(copy);
+            }
+        }
+        self.in_flight = left;
+        Ok(())
+    }
+}
+
+impl Entry {
+    /// What the next user of the slab waits for; the session has nothing to wait for any more.
+    pub fn fences(&mut self) -> Fences {
+        let computed = self.computed.take();
+        let pairs = self.arrivals.iter_mut().zip(&mut self.departures);
+        pairs
+            .map(|(arrivals, departures)| {
+                let mut fences = std::mem::take(departures);
+                fences.append(arrivals);
+                fences.extend(computed.iter().map(Arc::clone));
+                fences
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,321 @@
+//! Moving sessions: device to host copy and back, host copy to disk and back.
+//!
+//! A step that fails leaves every session where it was: tokens count as clean only when their copy
+//! is enqueued, a seat is given up only by a session without dirty tokens, and a piece of a host
+//! copy is let go of only when it is on disk.
+
+use std::{ops::Range, sync::Arc};
+
+use overspill_device::{self as device, DeviceRange, HostExtent, HostTape};
+use overspill_engine::{self as engine, Tier};
+
+use crate::{
+    Error, Part, Pool, Refusal, Residency, Result,
+    arena::no_fences,
+    host_copy::{Place, Stretch},
+};
+
+/// Layers are copied together until a batch has this many bytes: large ones alone, so that whoever
+/// waits for one layer does not wait for the next; the tails of a decode step all at once.
+const BATCH_BYTES: usize = 4 << 20;
+
+/// What one batch of copies out does: where from, where to, and how far each layer is then clean.
+#[derive(Default)]
+struct Departure {
+    parts: Vec<(DeviceRange, Arc<HostTape>)>,
+    /// (layer, part, tape, bytes), in the order of `parts`.
+    grown: Vec<(usize, Part, Arc<HostTape>, usize)>,
+    layers: Vec<(usize, usize)>,
+    bytes: usize,
+}
+
+impl Pool {
+    /// Copies out what is dirty in `layers` of `id`, as far as host memory has room without anyone
+    /// giving way.
+    pub(crate) fn write_through(&mut self, id: u64, layers: Range<usize>) -> Result<()> {
+        match self.copy_out(id, layers, false) {
+            Err(error) if error.is_full() => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Copies out all that is dirty, making room in host memory.
+    pub fn clean(&mut self, id: u64) -> Result<()> {
+        if self.entry(id)?.session.residency() == Residency::Away {
+            return Ok(());
+        }
+        let before = self.counters.offloaded_bytes;
+        let outcome = self.copy_out(id, 0..self.config.geometry.layers, true);
+        self.counters.offloaded_at_eviction_bytes += self.counters.offloaded_bytes - before;
+        outcome
+    }
+
+    /// Sends a parked session off the device. Its slab may be taken at once: whoever takes it waits
+    /// for the copies.
+    pub fn evict(&mut self, id: u64) -> Result<()> {
+        self.reap()?;
+        let entry = self.entry(id)?;
+        if entry.session.is_running() {
+            return Err(Error::Refused { id, refusal: Refusal::Running });
+        }
+        self.clean(id)?;
+        let entry = self.entry(id)?;
+        let seat = entry.session.leave().map_err(|refusal| Error::Refused { id, refusal })?;
+        let fences = entry.fences();
+        self.arena.give_back(&seat, fences)?;
+        self.counters.evictions += 1;
+        Ok(())
+    }
+
+    /// Starts bringing a session back to the device, evicting another one if need be; does nothing
+    /// if it is there.
+    pub fn restore(&mut self, id: u64) -> Result<()> {
+        self.reap()?;
+        if self.entry(id)?.session.residency() == Residency::Resident {
+            return Ok(());
+        }
+        self.unspill(id)?;
+        if self.arena.free_slabs() == 0 {
+            let victim = self.victim(id).ok_or(Error::NoSlab { slabs: self.arena.slabs() })?;
+            self.evict(victim)?;
+        }
+        let slabs = self.arena.slabs();
+        let (seat, fences) = self.arena.take().ok_or(Error::NoSlab { slabs })?;
+        let entry = self.entry(id)?;
+        entry.arrivals = fences;
+        entry.departures = no_fences(entry.arrivals.len());
+        entry.session.arrive(seat).map_err(|refusal| Error::Refused { id, refusal })?;
+        match self.copy_in(id) {
+            Ok(()) => {
+                self.counters.restores += 1;
+                Ok(())
+            }
+            Err(error) => {
+                // Its host copy is whole: what did arrive is given up again.
+                let entry = self.entry(id)?;
+                let fences = entry.fences();
+                let seat = entry.session.leave().map_err(|refusal| Error::Refused { id, refusal })?;
+                self.arena.give_back(&seat, fences)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives up the host copy of a session that is on the device; it is dirty then.
+    pub fn drop_host_copy(&mut self, id: u64) -> Result<()> {
+        let entry = self.entry(id)?;
+        entry.session.host_copy_dropped().map_err(|refusal| Error::Refused { id, refusal })?;
+        entry.copy.clear();
+        self.counters.host_copies_dropped += 1;
+        Ok(())
+    }
+
+    /// Writes the host copy of a session to disk and gives back its host memory. A write that fails
+    /// leaves the rest in host memory.
+    pub fn spill(&mut self, id: u64) -> Result<()> {
+        let Some(file) = self.spill.clone() else { return Err(self.no_disk(id)?) };
+        let entry = self.sessions.get_mut(&id).ok_or(Error::Unknown { id })?;
+        for piece in entry.copy.runs_mut().flat_map(|run| &mut run.pieces).filter(|piece| piece.bytes > 0) {
+            if let Place::Host { tape, .. } = &piece.place {
+                let extent = file.write(tape.as_slice(piece.bytes)?)?;
+                piece.place = Place::Disk(Arc::new(extent));
+                self.counters.spilled_bytes += piece.bytes as u64;
+            }
+        }
+        self.reap()
+    }
+
+    /// Reads what of a session is on disk into host memory. A read that fails leaves it on disk.
+    pub fn unspill(&mut self, id: u64) -> Result<()> {
+        let layers = self.config.geometry.layers;
+        for (layer, part) in (0..layers).flat_map(|layer| Part::BOTH.map(|part| (layer, part))) {
+            for index in 0..self.entry(id)?.copy.run(layer, part).pieces.len() {
+                self.unspill_piece(id, layer, part, index)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn unspill_piece(&mut self, id: u64, layer: usize, part: Part, index: usize) -> Result<()> {
+        let piece = &self.entry(id)?.copy.run(layer, part).pieces[index];
+        let (bytes, extent) = match &piece.place {
+            Place::Disk(extent) => (piece.bytes, Arc::clone(extent)),
+            Place::Host { .. } => return Ok(()),
+        };
+        // The checksum is of the whole extent, of which a rewind may have cut some off.
+        let tape = HostTape::new(self.host_extent(extent.bytes(), id, true)?);
+        tape.append_host(extent.bytes(), |into| extent.read(into))?;
+        let place = Place::Host { tape: Arc::new(tape), owned: false };
+        self.entry(id)?.copy.run_mut(layer, part).pieces[index].place = place;
+        self.counters.unspilled_bytes += bytes as u64;
+        Ok(())
+    }
+
+    /// Enqueues the copies of what is dirty in `layers`, batch by batch.
+    fn copy_out(&mut self, id: u64, layers: Range<usize>, make_room: bool) -> Result<()> {
+        let entry = self.entry(id)?;
+        let dirty = entry.session.dirty().map_err(|refusal| Error::Refused { id, refusal })?;
+        let computed = entry.computed.clone();
+        let mut waited = false;
+        let mut departure = Departure::default();
+        for layer in layers {
+            let Some(tokens) = dirty.get(layer).filter(|tokens| !tokens.is_empty()) else { continue };
+            if let (false, Some(event)) = (waited, &computed) {
+                self.out.wait(event)?;
+                waited = true;
+            }
+            let planned = self.plan_layer(id, layer, tokens.clone(), make_room, &mut departure);
+            if planned.is_err() || departure.bytes >= BATCH_BYTES {
+                self.depart(id, std::mem::take(&mut departure))?;
+            }
+            planned?;
+        }
+        self.depart(id, departure)
+    }
+
+    /// Adds the dirty `tokens` of a layer to `departure`, with host memory for them; both parts or
+    /// none.
+    fn plan_layer(
+        &mut self,
+        id: u64,
+        layer: usize,
+        tokens: Range<usize>,
+        make_room: bool,
+        departure: &mut Departure,
+    ) -> Result<()> {
+        let geometry = self.config.geometry;
+        let mut planned = Vec::new();
+        for part in Part::BOTH {
+            let mut bytes = geometry.bytes_of(layer, part, tokens.clone());
+            while !bytes.is_empty() {
+                let tail = self.entry(id)?.copy.run(layer, part).tail();
+                let used = |tape: &Arc<HostTape>| {
+                    let same = planned.iter().filter(|(_, _, _, other)| Arc::ptr_eq(tape, other));
+                    same.map(|(_, _, range, _): &(_, _, Range<usize>, _)| range.len()).sum::<usize>()
+                };
+                let tail = tail.map(|(tape, room)| (room - used(&tape), tape)).filter(|(room, _)| *room > 0);
+                let Some((room, tape)) = tail else {
+                    let least = self.config.tail_tokens * geometry.token_bytes;
+                    let left =
+                        geometry.bytes_of(layer, part, tokens.start..geometry.tokens).end - bytes.start;
+                    let extent = self.host_extent(bytes.len().max(least.min(left)), id, make_room)?;
+                    self.entry(id)?.copy.run_mut(layer, part).push(HostTape::new(extent), 0);
+                    continue;
+                };
+                let end = bytes.end.min(bytes.start + room);
+                planned.push((layer, part, bytes.start..end, tape));
+                bytes.start = end;
+            }
+        }
+        let seat = self.entry(id)?.session.seat().map_err(|refusal| Error::Refused { id, refusal })?.clone();
+        for (layer, part, bytes, tape) in planned {
+            departure.bytes += bytes.len();
+            departure.grown.push((layer, part, Arc::clone(&tape), bytes.len()));
+            departure.parts.push((self.arena.range(&seat, bytes)?, tape));
+        }
+        departure.layers.push((layer, tokens.end));
+        Ok(())
+    }
+
+    fn depart(&mut self, id: u64, departure: Departure) -> Result<()> {
+        if departure.parts.is_empty() {
+            return Ok(());
+        }
+        let sent = device::append(&self.out, departure.parts)?;
+        self.counters.offloaded_bytes += sent.bytes() as u64;
+        let entry = self.entry(id)?;
+        for (layer, part, tape, bytes) in departure.grown {
+            entry.copy.run_mut(layer, part).grew(&tape, bytes);
+        }
+        for (layer, tokens) in departure.layers {
+            entry.session.cleaned(layer, tokens).map_err(|refusal| Error::Refused { id, refusal })?;
+            // The stream is ordered: the last copy covers those before it.
+            entry.departures[layer] = vec![Arc::clone(sent.event())];
+        }
+        self.in_flight.push_back(sent);
+        Ok(())
+    }
+
+    /// Enqueues the copies of a session into its new slab, a layer at a time, lowest first: that is
+    /// the order in which the next forward touches them.
+    fn copy_in(&mut self, id: u64) -> Result<()> {
+        let geometry = self.config.geometry;
+        for layer in 0..geometry.layers {
+            let entry = self.sessions.get(&id).ok_or(Error::Unknown { id })?;
+            let seat = entry.session.seat().map_err(|refusal| Error::Refused { id, refusal })?;
+            let mut parts = Vec::new();
+            for part in Part::BOTH {
+                let mut at = geometry.bytes_of(layer, part, 0..0).start;
+                let stretches = entry.copy.run(layer, part).stretches();
+                let stretches: Vec<Stretch> =
+                    stretches.ok_or_else(|| self.host.full(geometry.slab_bytes()))?;
+                for (tape, from) in stretches {
+                    parts.push((self.arena.range(seat, at..at + from.len())?, tape, from.clone()));
+                    at += from.len();
+                }
+            }
+            if parts.is_empty() {
+                continue;
+            }
+            for event in &entry.arrivals[layer] {
+                self.back.wait(event)?;
+            }
+            let sent = device::play(&self.back, parts)?;
+            self.counters.onboarded_bytes += sent.bytes() as u64;
+            let event = Arc::clone(sent.event());
+            self.in_flight.push_back(sent);
+            self.entry(id)?.arrivals[layer] = vec![event];
+        }
+        Ok(())
+    }
+
+    /// Host memory for `id`. With `make_room`, first copies in flight are waited for, then the host
+    /// copies of resident sessions go, most recently used first, then sessions that are away go to
+    /// disk, farthest first.
+    pub(crate) fn host_extent(&mut self, bytes: usize, id: u64, make_room: bool) -> Result<HostExtent> {
+        loop {
+            if let Some(extent) = self.host.try_alloc(bytes)? {
+                return Ok(extent);
+            }
+            if !make_room {
+                return Err(self.host.full(bytes).into());
+            }
+            if let Some(oldest) = self.in_flight.pop_front() {
+                oldest.event().synchronize()?;
+            } else if let Some(resident) = self.holder(id, Residency::Resident) {
+                self.drop_host_copy(resident)?;
+            } else if let Some(away) = self.holder(id, Residency::Away).filter(|_| self.spill.is_some()) {
+                self.spill(away)?;
+            } else {
+                return Err(self.host.full(bytes).into());
+            }
+        }
+    }
+
+    /// A session with host memory to give: of the resident ones the last used, of those away the one
+    /// needed last.
+    fn holder(&self, keep: u64, residency: Residency) -> Option<u64> {
+        let holders = self.sessions.iter().filter(|&(&id, entry)| {
+            id != keep && entry.session.residency() == residency && entry.copy.host_bytes() > 0
+        });
+        let far = |due: Option<f64>| due.unwrap_or(f64::INFINITY);
+        match residency {
+            Residency::Resident => holders.max_by_key(|(_, entry)| entry.last_turn),
+            Residency::Away => holders.max_by(|(_, a), (_, b)| {
+                far(a.due_us).total_cmp(&far(b.due_us)).then(b.last_turn.cmp(&a.last_turn))
+            }),
+        }
+        .map(|(&id, _)| id)
+    }
+
+    fn no_disk(&mut self, id: u64) -> Result<Error> {
+        let requested_bytes = self.entry(id)?.copy.host_bytes() as u64;
+        Ok(Error::Engine(engine::Error::Full {
+            tier: Tier::Disk,
+            requested_bytes,
+            available_bytes: 0,
+            budget_bytes: 0,
+            advice: "give the pool a spill folder",
+        }))
+    }
+}

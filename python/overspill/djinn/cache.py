@@ -1,0 +1,126 @@
+"""The cache of one session, for transformers: keys and values in the session's slab.
+
+Layer ``i`` writes its new tokens into the slab and hands out views of it. Between forwards the slab
+may be anybody's, so the first layer of a forward asks the pool for it; the last one cannot give it back
+(its attention has yet to read), so the pool closes the forward when it is next used, at a point of the
+stream by which everything of it has been enqueued.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..errors import SessionError
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+class SlabLayer(CacheLayerMixin):
+    """One layer of a session."""
+
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, cache: SessionCache, index: int, window: int | None) -> None:
+        super().__init__()
+        self.cache = cache
+        self.index = index
+        self.window = window
+        self.is_sliding = window is not None
+        self.is_initialized = True
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Whether shapes are fixed, which they are in a step at fixed length."""
+        return self.cache.fixed is not None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the arena exists."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds the new tokens; all that attention is to see."""
+        cache = self.cache
+        keys, values = cache.views(self.index, key_states)
+        if cache.fixed is not None:
+            position, length = cache.fixed
+            keys[:, :, :length].index_copy_(2, position, key_states)
+            values[:, :, :length].index_copy_(2, position, value_states)
+            return keys[:, :, :length], values[:, :, :length]
+        start, end = cache.start, cache.start + key_states.shape[-2]
+        keys[:, :, start:end] = key_states
+        values[:, :, start:end] = value_states
+        cache.wrote(self.index, end)
+        first = self._first(start)
+        return keys[:, :, first:end], values[:, :, first:end]
+
+    def _first(self, start: int) -> int:
+        """The first token that a forward from ``start`` on sees, as ``DynamicSlidingWindowLayer`` has it."""
+        return 0 if self.window is None else max(start - self.window + 1, 0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Tokens that attention is to see, and the first of them."""
+        if self.cache.fixed is not None:
+            return self.cache.fixed[1], 0
+        start = self.cache.start
+        first = self._first(start)
+        return start + query_length - first, first
+
+    def get_seq_length(self) -> int:
+        """Tokens before the forward that is running or comes next."""
+        return self.cache.fixed[0] if self.cache.fixed is not None else self.cache.start  # type: ignore[return-value]
+
+    def get_max_length(self) -> int:
+        """Tokens that a slab holds."""
+        return self.cache.session.pool.session_tokens
+
+
+class SessionCache(Cache):
+    """See the module. ``session.cache`` is one; it is not made by hand."""
+
+    def __init__(self, session: Session) -> None:
+        windows = session.pool.shape.windows
+        super().__init__(layers=[SlabLayer(self, i, window) for i, window in enumerate(windows)])
+        self.session = session
+        # Tokens that every layer has: where the running forward starts.
+        self.start = 0
+        # In a step at fixed length: where it writes, on the device, and the length of what it sees.
+        self.fixed: tuple[torch.Tensor, int] | None = None
+        self.slab_views: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.pending = False
+        self.last_end = 0
+
+    def views(self, layer: int, key_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of a layer's slab, behind what still happens to it."""
+        if key_states.shape[0] != 1:
+            raise SessionError(
+                f"a session is one sequence, not {key_states.shape[0]}", session=self.session.id
+            )
+        if self.slab_views is None:
+            self.session._enter_from_outside(key_states.shape[-2])
+        assert self.slab_views is not None
+        if self.pending:
+            self.session.pool._native.touch(self.session._key, layer, self.session.pool._stream())
+        return self.slab_views[layer]
+
+    def wrote(self, layer: int, end: int) -> None:
+        """A layer has ``end`` tokens now."""
+        self.last_end = end
+        self.session._wrote(layer, end)
+
+    def reset(self) -> None:
+        """Refused: a session only grows."""
+        raise SessionError("a session cannot be reset; make a new one", session=self.session.id)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused, as :meth:`reset`."""
+        raise SessionError("a session cannot be cropped; fork it before it grows", session=self.session.id)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Refused: beams are forks."""
+        raise SessionError("a session has one beam; fork it instead", session=self.session.id)

@@ -1,0 +1,406 @@
+"""One session: runs, pauses, resumes, generates.
+
+A turn is plain data (:class:`~overspill.djinn.turn.Turn`): the tokens of the forward, the layer after
+which it stands, the hidden state there, what is left to generate and how. That, and the keys and values
+in the pool, is all that a paused session is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import SessionError
+from .cache import SessionCache
+from .partial import Stop, armed
+from .steering import Intervention, Steer, Steering, check_hidden
+from .turn import Break, Sampling, Turn
+
+if TYPE_CHECKING:
+    from .pool import SessionPool
+
+__all__ = ["Break", "Generated", "Output", "Paused", "Session"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A forward that has ended: ``logits`` of shape (1, tokens, vocabulary)."""
+
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Tokens that were generated, and the logits that the last of them was chosen from."""
+
+    tokens: list[int]
+    logits: torch.Tensor
+
+
+class Paused:
+    """A session that stands within a forward, after a layer of it."""
+
+    def __init__(self, session: Session, turn: Turn) -> None:
+        self.session = session
+        self._turn = turn
+        self.layer = turn.layer
+        self.step = turn.step
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """What the layer put out, of shape (1, tokens, hidden size). May be changed in place."""
+        turn = self._valid()
+        assert turn.hidden is not None
+        turn.hidden = turn.hidden.to(self.session.pool.shape.device)
+        return turn.hidden
+
+    @hidden.setter
+    def hidden(self, value: torch.Tensor) -> None:
+        turn = self._valid()
+        check_hidden(value, self.hidden, self.layer, self.session.id, "the hidden state that was set")
+        turn.hidden = value.detach()
+        turn.hidden_changed = True
+
+    def resume(self) -> Paused | Output | Generated:
+        """Goes on; see :meth:`Session.resume`."""
+        self._valid()
+        return self.session.resume()
+
+    def _valid(self) -> Turn:
+        if (
+            self.session._turn is not self._turn
+            or self._turn.layer != self.layer
+            or self._turn.step != self.step
+        ):
+            message = f"session {self.session.id!r} does not stand after layer {self.layer} any more"
+            raise SessionError(message, session=self.session.id, layer=self.layer)
+        return self._turn
+
+
+class Session:
+    """See the module; made by :meth:`SessionPool.session`."""
+
+    def __init__(self, pool: SessionPool, name: str, key: int) -> None:
+        self.pool = pool
+        self.id = name
+        self._key = key
+        self._closed = False
+        self._turn: Turn | None = None
+        self._token: int | None = None
+        self._outside = False
+        self._running = False
+        self.steering = Steering()
+        self.cache = SessionCache(self)
+
+    # ---- turns -----------------------------------------------------------------------------------
+
+    def run(
+        self, ids: torch.Tensor | Sequence[int], breaks: Sequence[Break] = (), logits_to_keep: int = 0
+    ) -> Paused | Output:
+        """One forward over ``ids``, which come after all that the session has seen.
+
+        Returns:
+            The logits (of the last ``logits_to_keep`` tokens; 0: of all), or where it stopped.
+        """
+        turn = Turn(self._ids(ids), self._breaks(breaks), logits_to_keep)
+        outcome = self._start(turn)
+        assert not isinstance(outcome, Generated)
+        return outcome
+
+    def generate(
+        self,
+        ids: torch.Tensor | Sequence[int],
+        max_new_tokens: int,
+        breaks: Sequence[Break] = (),
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        eos_token_id: int | Sequence[int] = (),
+    ) -> Paused | Generated:
+        """Generates after ``ids``; greedy at ``temperature`` 0. Step 0 is the forward over ``ids``."""
+        if max_new_tokens < 1:
+            raise SessionError(f"max_new_tokens is {max_new_tokens}", session=self.id)
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        sampling = Sampling.make(temperature, seed, max_new_tokens, ends)
+        outcome = self._start(Turn(self._ids(ids), self._breaks(breaks), 1, sampling=sampling))
+        assert not isinstance(outcome, Output)
+        return outcome
+
+    def resume(self) -> Paused | Output | Generated:
+        """Goes on from where the session is paused. If that fails it is paused there still."""
+        with self.pool._lock:
+            self._open()
+            if self._turn is None:
+                raise SessionError(f"session {self.id!r} is not paused", session=self.id)
+            return self._drive(self._turn)
+
+    @property
+    def paused(self) -> Paused | None:
+        """Where the session stands, if it is paused."""
+        return None if self._turn is None else Paused(self, self._turn)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that every layer has."""
+        return self.cache.start
+
+    def _ids(self, ids: torch.Tensor | Sequence[int]) -> list[int]:
+        listed = ids.flatten().tolist() if isinstance(ids, torch.Tensor) else list(ids)
+        if isinstance(ids, torch.Tensor) and ids.numel() != ids.shape[-1]:
+            raise SessionError(f"a session is one sequence, not {tuple(ids.shape)}", session=self.id)
+        # The token that was generated last has not been through the model yet.
+        listed = listed if self._token is None else [self._token, *listed]
+        if not listed:
+            raise SessionError("there are no tokens to run", session=self.id)
+        return listed
+
+    def _breaks(self, breaks: Sequence[Break]) -> list[Break]:
+        layers = len(self.pool.shape.layers)
+        for one in breaks:
+            if not 0 <= one.layer < layers or one.step < 0:
+                message = f"{one} is not a layer of 0..{layers - 1} and a step from 0 on"
+                raise SessionError(message, session=self.id, layer=one.layer)
+        return list(breaks)
+
+    def _start(self, turn: Turn) -> Paused | Output | Generated:
+        with self.pool._lock:
+            self._open()
+            if self._turn is not None:
+                message = f"session {self.id!r} is paused after layer {self._turn.layer}: resume it first"
+                raise SessionError(message, session=self.id, layer=self._turn.layer)
+            return self._drive(turn)
+
+    def _drive(self, turn: Turn) -> Paused | Output | Generated:
+        """Forwards until a breakpoint or the end."""
+        while True:
+            outcome = self._forward(turn)
+            if isinstance(outcome, Stop):
+                turn.layer, turn.hidden = outcome.layer, outcome.hidden
+                turn.hidden_version, turn.hidden_changed = outcome.hidden._version, False
+                self._turn = turn
+                return Paused(self, turn)
+            self.cache.start += len(turn.ids)
+            self._turn, self._token = None, None
+            if turn.sampling is None:
+                return Output(outcome)
+            token = turn.sampling.choose(outcome[0, -1])
+            self._token = token
+            if turn.sampling.is_over():
+                return Generated(list(turn.sampling.tokens), outcome)
+            turn.ids, turn.layer, turn.hidden, turn.step = [token], -1, None, turn.step + 1
+
+    def _forward(self, turn: Turn) -> Stop | torch.Tensor:
+        """One forward of the model, or the rest of one; the logits, or where it stopped."""
+        pool, length = self.pool, self.cache.start + len(turn.ids)
+        if length > pool.session_tokens:
+            message = f"session {self.id!r} would have {length} tokens; a slab holds {pool.session_tokens}"
+            facts = {"session": self.id, "tokens": length, "limit_tokens": pool.session_tokens}
+            raise SessionError(message, **facts)
+        hidden = self._hidden_to_resume(turn)
+        stops = {one.layer for one in turn.breaks if one.step == turn.step and one.layer > turn.layer}
+        pool._settle()
+        self._enter(len(turn.ids))
+        try:
+            ids = torch.tensor([turn.ids], device=pool.shape.device)
+            with torch.no_grad():
+                if turn.layer < 0 and not stops and not self.steering.interventions:
+                    logits = pool._call(self.cache, ids, turn.keep)
+                else:
+                    steer = self._steer if self.steering.interventions else None
+                    with armed(pool.shape.layers, turn.layer, hidden, steer, stops):
+                        logits = pool._call(self.cache, ids, turn.keep)
+        except Stop as stop:
+            self._leave(length, stop.layer)
+            stop.hidden = stop.hidden.detach()
+            return stop
+        except BaseException:
+            self._abandon()
+            raise
+        self._leave(length, None)
+        return logits
+
+    def _hidden_to_resume(self, turn: Turn) -> torch.Tensor | None:
+        if turn.hidden is None:
+            return None
+        hidden = turn.hidden.to(self.pool.shape.device)
+        if turn.hidden_changed or turn.hidden._version != turn.hidden_version:
+            check_hidden(hidden, hidden, turn.layer, self.id, "the hidden state that was set")
+            self.steering.note("hidden", turn.layer, "", self.cache.start, hidden)
+            turn.hidden_changed, turn.hidden_version = False, turn.hidden._version
+        return hidden
+
+    def _steer(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        return self.steering.apply(layer, hidden, self.id)
+
+    # ---- the pool's side of a forward ------------------------------------------------------------
+
+    def _enter(self, count: int) -> None:
+        native, cache = self.pool._native, self.cache
+        slab, _, cache.pending = native.begin(self._key)
+        cache.slab_views = self.pool._slab_views(slab)
+        self._large = self.pool._is_large(count)
+        self._running = True
+        self.pool._follow()
+
+    def _wrote(self, layer: int, end: int) -> None:
+        if self._large:
+            self.pool._native.wrote(self._key, layer, end, self.pool._stream())
+        if self._outside and layer == len(self.cache.layers) - 1:
+            # The forward that transformers runs is over but for its last layer; see `SessionCache`.
+            self.cache.start = end
+            self.cache.slab_views = None
+            self.pool._linger(self)
+
+    def _leave(self, end: int, pause: int | None, stream: int | None = None) -> None:
+        native, stream = self.pool._native, self.pool._stream() if stream is None else stream
+        self._running, self._outside, self.cache.slab_views = False, False, None
+        if pause is None:
+            native.wrote_all(self._key, end, stream)
+        else:
+            for layer in range(pause + 1):
+                native.wrote(self._key, layer, end, stream)
+        native.park(self._key, pause, stream)
+
+    def _abandon(self) -> None:
+        self._running, self._outside, self.cache.slab_views = False, False, None
+        self.pool._native.abandon(self._key, self.pool._stream())
+
+    def _enter_from_outside(self, count: int) -> None:
+        """The first layer of a forward that transformers runs with this session's cache."""
+        with self.pool._lock:
+            self._open()
+            if self._turn is not None:
+                raise SessionError(f"session {self.id!r} is paused: resume it first", session=self.id)
+            end = self.cache.start + count
+            if end > self.pool.session_tokens:
+                message = (
+                    f"session {self.id!r} would have {end} tokens; a slab holds {self.pool.session_tokens}"
+                )
+                facts = {"session": self.id, "tokens": end, "limit_tokens": self.pool.session_tokens}
+                raise SessionError(message, **facts)
+            self.pool._settle()
+            self._enter(count)
+            self._outside, self._token = True, None
+
+    def _open(self) -> None:
+        if self._closed:
+            raise SessionError(f"session {self.id!r} is closed", session=self.id)
+        if self._running and not self.pool._is_lingering(self):
+            if not self._outside:
+                raise SessionError(f"session {self.id!r} is running", session=self.id)
+            self._abandon()  # a forward of transformers' that ended in an exception
+
+    # ---- steering --------------------------------------------------------------------------------
+
+    def steer(self, layer: int, how: torch.Tensor | Steer, name: str = "steer") -> None:
+        """Adds ``how`` to what ``layer`` puts out (a tensor), or replaces it by ``how(hidden)`` (a callable;
+        None keeps it, changed in place or not), from the next forward on.
+        """
+        self._open()
+        self._breaks([Break(layer)])
+        vector = how.detach() if isinstance(how, torch.Tensor) else None
+        function = None if isinstance(how, torch.Tensor) else how
+        self.steering.add(Intervention(layer, name, vector, function), self.cache.start)
+
+    def unsteer(self, name: str = "steer") -> None:
+        """Ends the interventions of this name."""
+        self._open()
+        self.steering.remove(name, self.cache.start)
+
+    # ---- placement -------------------------------------------------------------------------------
+
+    def io_wait(self, eta_ms: float) -> None:
+        """The session waits for something and will be needed in ``eta_ms``: it leaves the device now, and
+        is brought back before then if there is room.
+        """
+        with self.pool._lock:
+            self._ready()
+            self.pool._native.expect(self._key, eta_ms * 1e3)
+            self.evict()
+            self.pool._due(eta_ms)
+
+    def evict(self) -> None:
+        """Sends the session off the device. What is in the host copy already is not copied again."""
+        with self.pool._lock:
+            self._ready()
+            self.pool._native.evict(self._key)
+            self.pool._follow()
+
+    def restore(self) -> None:
+        """Starts bringing the session back, so that its next forward need not."""
+        with self.pool._lock:
+            self._ready()
+            self.pool._native.restore(self._key)
+            self.pool._follow()
+
+    def spill(self) -> None:
+        """Moves the session to disk."""
+        with self.pool._lock:
+            self.evict()
+            self.pool._native.spill(self._key)
+
+    @property
+    def place(self) -> dict[str, int | bool]:
+        """Where its bytes are: ``resident``, ``host_bytes``, ``disk_bytes``."""
+        resident, host_bytes, disk_bytes = self.pool._native.place(self._key)
+        return {"resident": resident, "host_bytes": host_bytes, "disk_bytes": disk_bytes}
+
+    def fork(self, name: str) -> Session:
+        """A second session that goes on from here; bytes are shared until they differ."""
+        with self.pool._lock:
+            self._ready()
+            child = self.pool._new(name, lambda key: self.pool._native.fork(self._key, key))
+            child.cache.start, child._token = self.cache.start, self._token
+            child.steering = self.steering.copy()
+            child._turn = None if self._turn is None else self._turn.copy()
+            return child
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the session to a file that :meth:`SessionPool.load` reads, in another process too."""
+        with self.pool._lock:
+            self._ready()
+            record = {
+                "model": self.pool.fingerprint,
+                "tokens": self.cache.start,
+                "token": self._token,
+                "turn": None if self._turn is None else self._turn.to_record(),
+                "steering": self.steering.hash,
+                "interventions": [
+                    [one.layer, one.name, Turn.pack(one.vector)] for one in self.steering.interventions
+                ],
+            }
+            self.pool._native.save(self._key, os.fspath(path), json.dumps(record))
+
+    def _restore_record(self, record: Mapping, steering: Mapping[str, Steer]) -> None:
+        device = self.pool.shape.device
+        self.cache.start, self._token = record["tokens"], record["token"]
+        self._turn = None if record["turn"] is None else Turn.from_record(record["turn"], device)
+        for layer, name, packed in record["interventions"]:
+            vector, function = Turn.unpack(packed, device), steering.get(name)
+            if vector is None and function is None:
+                message = f"the saved session was steered by a callable named {name!r}; pass it in steering="
+                raise SessionError(message, session=self.id, layer=layer)
+            self.steering.interventions.append(Intervention(layer, name, vector, function))
+        self.steering.hash = record["steering"]
+
+    def close(self) -> None:
+        """Ends the session; its memory is free for others."""
+        with self.pool._lock:
+            if not self._closed:
+                self._ready()
+                self.pool._native.remove(self._key)
+                self._closed = True
+                self.pool._forget(self)
+
+    def _ready(self) -> None:
+        self._open()
+        self.pool._settle()
+
+    def __repr__(self) -> str:
+        where = "" if self._turn is None else f", paused after layer {self._turn.layer}"
+        return f"Session({self.id!r}, {self.cache.start} tokens{where})"
