@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from djinn_models import CONFIGS, model, prompt
 from transformers import DynamicCache
 
-from overspill.djinn import Break, Output, Paused, SessionPool
+from overspill.djinn import Break, Generated, Output, Paused, SessionPool
 from overspill.errors import UnsupportedModelError
 
 STEPS = 3
@@ -101,3 +102,45 @@ def test_what_is_not_proved_is_refused() -> None:
             SessionPool(training, arena_budget="1MiB")
     finally:
         training.eval()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_layer_on_a_gpu(name: str, attention: str, fixed: bool) -> None:
+    """On a GPU the reference is the session itself, never paused; eager, transformers' own cache as well."""
+    made = copy.deepcopy(model(name, attention)).cuda()
+    cache = DynamicCache(config=made.config)
+    pool = SessionPool(made, arena_budget="1MiB", host_budget="64MiB", session_tokens=32, fixed_decode=fixed)
+    base, feed = pool.session("base"), prompt(9)
+    for step in range(STEPS + 1):
+        never = base.fork("never")
+        expected = never.run(feed)
+        assert isinstance(expected, Output)
+        never.close()
+        for layer in range(len(pool.shape.layers)):
+            session = base.fork("paused")
+            outcome = session.run(feed, breaks=[Break(layer)])
+            assert isinstance(outcome, Paused)
+            session.evict()
+            outcome = outcome.resume()
+            assert isinstance(outcome, Output)
+            assert torch.equal(outcome.logits, expected.logits), f"step {step}, paused after layer {layer}"
+            session.close()
+        with torch.no_grad():
+            ids = torch.tensor([feed], device="cuda")
+            plain = made(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        if attention == "eager" and not fixed:
+            assert torch.equal(plain, expected.logits), f"step {step} against DynamicCache"
+        base.run(feed)
+        feed = [int(expected.logits[0, -1].argmax())]
+    tokens = [
+        pool.session(f"generate {i}").generate(prompt(9), 8, breaks=[Break(1, 3)] * i) for i in range(2)
+    ]
+    assert isinstance(tokens[1], Paused)
+    pool.session("generate 1").evict()
+    again = tokens[1].resume()
+    assert isinstance(tokens[0], Generated) and isinstance(again, Generated)
+    assert again.tokens == tokens[0].tokens and torch.equal(again.logits, tokens[0].logits)

@@ -236,11 +236,12 @@ impl Pool {
         Ok(())
     }
 
-    /// Enqueues the copies of a session into its new slab, a layer at a time, lowest first: that is
-    /// the order in which the next forward touches them.
+    /// Enqueues the copies of a session into its new slab, a layer at a time, in the order in which
+    /// they are needed: those after the pause first, then those that only the next forward touches.
     fn copy_in(&mut self, id: u64) -> Result<()> {
         let geometry = self.config.geometry;
-        for layer in 0..geometry.layers {
+        let first = self.entry(id)?.session.pause().map_or(0, |layer| layer + 1).min(geometry.layers);
+        for layer in (first..geometry.layers).chain(0..first) {
             let entry = self.sessions.get(&id).ok_or(Error::Unknown { id })?;
             let seat = entry.session.seat().map_err(|refusal| Error::Refused { id, refusal })?;
             let mut parts = Vec::new();

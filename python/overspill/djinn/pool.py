@@ -16,6 +16,7 @@ from .._native import DjinnPool
 from .._units import format_bytes, parse_bytes
 from ..errors import BudgetError, FormatError, SessionError
 from .families import fingerprint, shape_of
+from .fixed import FixedDecoder
 from .session import Session
 from .steering import Steer
 
@@ -44,6 +45,8 @@ class SessionPool:
         workspace: what forwards need beside weights and sessions.
         spill_limit: most bytes on disk.
         write_through: whether host copies follow as sessions grow.
+        fixed_decode: whether steps of one token run at fixed length, on a GPU as CUDA graphs: several times
+            as fast, and other bits than at exact length (the kernels differ), the same paused or not.
         seed: on a machine without a GPU, interleaves copies and compute at random; for tests.
     """
 
@@ -59,6 +62,7 @@ class SessionPool:
         workspace: int | str = "1GiB",
         spill_limit: int | str = "16GiB",
         write_through: bool = True,
+        fixed_decode: bool = False,
         seed: int | None = None,
     ) -> None:
         self.model = model
@@ -87,6 +91,7 @@ class SessionPool:
         self._sessions: dict[str, Session] = {}
         self._next_key = 0
         self._lock = threading.RLock()
+        self._fixed = FixedDecoder(self) if fixed_decode else None
         self._lingering: tuple[Session, int] | None = None
 
     def session(self, name: str) -> Session:
@@ -180,6 +185,13 @@ class SessionPool:
 
     def _stream(self) -> int:
         return self._edge.stream()
+
+    def _touch_all(self, session: Session) -> None:
+        """Makes the current stream wait for all of a session's slab."""
+        stream = self._stream()
+        for layer in range(len(self.shape.layers)):
+            self._native.touch(session._key, layer, stream)
+        session.cache.pending = False
 
     def _is_large(self, count: int) -> bool:
         return 2 * count * self.shape.token_bytes >= FLUSH_BYTES

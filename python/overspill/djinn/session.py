@@ -7,6 +7,7 @@ in the pool, is all that a paused session is.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -178,21 +179,23 @@ class Session:
     def _drive(self, turn: Turn) -> Paused | Output | Generated:
         """Forwards until a breakpoint or the end."""
         while True:
-            outcome = self._forward(turn)
-            if isinstance(outcome, Stop):
-                turn.layer, turn.hidden = outcome.layer, outcome.hidden
-                turn.hidden_version, turn.hidden_changed = outcome.hidden._version, False
-                self._turn = turn
-                return Paused(self, turn)
-            self.cache.start += len(turn.ids)
-            self._turn, self._token = None, None
-            if turn.sampling is None:
-                return Output(outcome)
-            token = turn.sampling.choose(outcome[0, -1])
-            self._token = token
+            logits = self._burst(turn)
+            if logits is None:
+                outcome = self._forward(turn)
+                if isinstance(outcome, Stop):
+                    turn.stop(outcome.layer, outcome.hidden)
+                    self._turn = turn
+                    return Paused(self, turn)
+                logits = outcome
+                self.cache.start += len(turn.ids)
+                self._turn, self._token = None, None
+                if turn.sampling is None:
+                    return Output(logits)
+                turn.follow(turn.sampling.choose(logits[0, -1]))
+            assert turn.sampling is not None
+            self._token = turn.ids[0]
             if turn.sampling.is_over():
-                return Generated(list(turn.sampling.tokens), outcome)
-            turn.ids, turn.layer, turn.hidden, turn.step = [token], -1, None, turn.step + 1
+                return Generated(list(turn.sampling.tokens), logits)
 
     def _forward(self, turn: Turn) -> Stop | torch.Tensor:
         """One forward of the model, or the rest of one; the logits, or where it stopped."""
@@ -204,10 +207,10 @@ class Session:
         hidden = self._hidden_to_resume(turn)
         stops = {one.layer for one in turn.breaks if one.step == turn.step and one.layer > turn.layer}
         pool._settle()
-        self._enter(len(turn.ids))
+        slab = self._enter(len(turn.ids))
         try:
-            ids = torch.tensor([turn.ids], device=pool.shape.device)
-            with torch.no_grad():
+            with torch.no_grad(), self._fixed_step(slab, len(turn.ids)):
+                ids = torch.tensor([turn.ids], device=pool.shape.device)
                 if turn.layer < 0 and not stops and not self.steering.interventions:
                     logits = pool._call(self.cache, ids, turn.keep)
                 else:
@@ -222,6 +225,46 @@ class Session:
             self._abandon()
             raise
         self._leave(length, None)
+        return logits
+
+    def _fixed_step(self, slab: int, count: int) -> contextlib.AbstractContextManager[None]:
+        decoder = self.pool._fixed
+        if decoder is None or count != 1 or self.cache.start == 0:
+            return contextlib.nullcontext()
+        return decoder.step(self, slab)
+
+    def _burst(self, turn: Turn) -> torch.Tensor | None:
+        """As many steps at fixed length as come before the next breakpoint; the logits of the last."""
+        decoder, sampling = self.pool._fixed, turn.sampling
+        fits = decoder is not None and sampling is not None and sampling.temperature == 0
+        if (
+            not fits
+            or turn.layer >= 0
+            or self.cache.start == 0
+            or len(turn.ids) != 1
+            or self.steering.interventions
+        ):
+            return None
+        assert decoder is not None and sampling is not None
+        steps = [one.step - turn.step for one in turn.breaks if one.step >= turn.step]
+        room = self.pool.session_tokens - self.cache.start
+        count = min([sampling.remaining, room, *steps])
+        if count < 1:
+            return None
+        start = self.cache.start
+        self.pool._settle()
+        slab = self._enter(1)
+        try:
+            if self.cache.pending:
+                self.pool._touch_all(self)
+            tokens, logits = decoder.burst(self, slab, turn.ids[0], count, sampling.ends)
+        except BaseException:
+            self.cache.start = start
+            self._abandon()
+            raise
+        self._leave(self.cache.start, None)
+        sampling.took(tokens)
+        turn.ids, turn.step = tokens[-1:], turn.step + len(tokens)
         return logits
 
     def _hidden_to_resume(self, turn: Turn) -> torch.Tensor | None:
@@ -239,13 +282,14 @@ class Session:
 
     # ---- the pool's side of a forward ------------------------------------------------------------
 
-    def _enter(self, count: int) -> None:
+    def _enter(self, count: int) -> int:
         native, cache = self.pool._native, self.cache
         slab, _, cache.pending = native.begin(self._key)
         cache.slab_views = self.pool._slab_views(slab)
         self._large = self.pool._is_large(count)
         self._running = True
         self.pool._follow()
+        return slab
 
     def _wrote(self, layer: int, end: int) -> None:
         if self._large:

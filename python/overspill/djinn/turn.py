@@ -42,9 +42,13 @@ class Sampling:
             token = int(torch.multinomial(probabilities, 1, generator=self.generator))
         else:
             token = int(logits.argmax())
-        self.tokens.append(token)
-        self.remaining -= 1
+        self.took([token])
         return token
+
+    def took(self, tokens: list[int]) -> None:
+        """Counts tokens that were chosen."""
+        self.tokens += tokens
+        self.remaining -= len(tokens)
 
     def is_over(self) -> bool:
         """Whether nothing is left to choose."""
@@ -70,6 +74,15 @@ class Turn:
     hidden_version: int = 0
     hidden_changed: bool = False
     sampling: Sampling | None = None
+
+    def stop(self, layer: int, hidden: torch.Tensor) -> None:
+        """Stands still after ``layer``."""
+        self.layer, self.hidden = layer, hidden
+        self.hidden_version, self.hidden_changed = hidden._version, False
+
+    def follow(self, token: int) -> None:
+        """Goes on to the forward over ``token``."""
+        self.ids, self.layer, self.hidden, self.step = [token], -1, None, self.step + 1
 
     def copy(self) -> Turn:
         """The same for a fork."""

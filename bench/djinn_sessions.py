@@ -1,0 +1,412 @@
+"""Djinn on a GPU: swap speed, pauses, resumes and decode of a Llama-2-13B shape.
+
+fp16, random weights built on the GPU, 2048 tokens of random prompt: 819,200 bytes of keys and values a
+token, 1.678 GB a session. Prints a table and writes ``djinn_sessions.json``. Each part runs even if one
+before it failed; a figure that could not be taken is absent. Figures are medians of ``--repeats``.
+
+    python bench/djinn_sessions.py [--only swap,pause,...] [--layers 40] [--tokens 2048]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
+
+from common import median, row, write_results
+from overspill.djinn import Break, Generated, Output, Paused, Session, SessionPool
+
+NOTE = "Llama-2-13B shape, fp16, random weights"
+GB = 1e9
+
+
+def build(layers: int) -> Any:
+    config = LlamaConfig(
+        num_hidden_layers=layers, hidden_size=5120, num_attention_heads=40, num_key_value_heads=40,
+        intermediate_size=13824, vocab_size=32000, max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float16, attn_implementation="sdpa"
+        ).eval()
+
+
+def timed_ms(work: Callable[[], Any]) -> float:
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begin) * 1e3
+
+
+class Bench:
+    """A model, a pool and the figures taken so far."""
+
+    def __init__(self, layers: int, tokens: int, repeats: int) -> None:
+        self.tokens, self.repeats = tokens, repeats
+        self.rows: list[dict[str, Any]] = []
+        self.model = build(layers)
+        self.layers = layers
+        generator = torch.Generator().manual_seed(1)
+        self.ids = torch.randint(0, 32000, (tokens,), generator=generator).tolist()
+        self.session_bytes = 2 * layers * 5120 * 2 * tokens
+        slab_tokens = tokens + 256
+        slab_bytes = 2 * layers * 5120 * 2 * slab_tokens
+        begin = time.perf_counter()
+        self.pool = SessionPool(
+            self.model,
+            arena_budget=4 * slab_bytes,
+            host_budget=10 * slab_bytes,
+            session_tokens=slab_tokens,
+            fixed_decode=True,
+        )
+        self.pool._native.reserve_host()
+        print(f"pool of 4 slabs, host memory reserved in {time.perf_counter() - begin:.1f} s", flush=True)
+        self.link: dict[str, float] = {}
+
+    def add(self, goal: str, value: float, unit: str, **facts: Any) -> None:
+        facts["note"] = f"{facts.get('note', '')}; {NOTE}".lstrip("; ")
+        self.rows.append(row(f"djinn.{goal}", value, unit, **facts))
+        print(f"  djinn.{goal:<32} {value:>10.4g} {unit:<6} {facts['note'][:90]}", flush=True)
+
+    def prefilled(self, name: str) -> Session:
+        session = self.pool.session(name)
+        outcome = session.run(self.ids, logits_to_keep=1)
+        assert isinstance(outcome, Output)
+        return session
+
+    # ---- parts -----------------------------------------------------------------------------------
+
+    def part_link(self) -> None:
+        size = self.session_bytes
+        device = [torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2)]
+        host = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        streams = [torch.cuda.Stream() for _ in range(2)]
+
+        def out() -> None:
+            with torch.cuda.stream(streams[0]):
+                host[0].copy_(device[0], non_blocking=True)
+
+        def back() -> None:
+            with torch.cuda.stream(streams[1]):
+                device[1].copy_(host[1], non_blocking=True)
+
+        def both() -> None:
+            out()
+            back()
+
+        for name, work, moved in (("out", out, size), ("in", back, size), ("both", both, 2 * size)):
+            timed_ms(work)
+            best = min(timed_ms(work) for _ in range(self.repeats))
+            self.link[name] = moved / best / 1e6
+        self.add("link_out_gbps", self.link["out"], "GB/s", note=f"pinned torch copy of {size} bytes, best")
+        self.add("link_in_gbps", self.link["in"], "GB/s", note="same")
+        self.add("link_both_gbps", self.link["both"], "GB/s", note="both directions at once, summed, best")
+
+    def part_swap(self) -> None:
+        session, pool = self.prefilled("swap"), self.pool
+        outs, backs = [], []
+        for _ in range(self.repeats):
+            session.restore()
+            pool.synchronize()
+            pool._native.drop_host_copy(session._key)
+            outs.append(timed_ms(lambda: (session.evict(), pool.synchronize())))
+            backs.append(timed_ms(lambda: (session.restore(), pool.synchronize())))
+        for name, times, link in (("swap_out", outs, "out"), ("swap_in", backs, "in")):
+            gbps = self.session_bytes / median(times) / 1e6
+            limit = f"{self.link[link]:.2f} GB/s, pinned copy in this run"
+            self.add(f"{name}_ms", median(times), "ms", limit=limit, note=f"{self.session_bytes} bytes")
+            self.add(
+                f"{name}_share_of_link", gbps / self.link[link], "share", limit=limit, note=f"{gbps:.2f} GB/s"
+            )
+        other, duplex = self.prefilled("swap 2"), []
+        for _ in range(self.repeats):
+            session.evict()
+            other.restore()
+            pool.synchronize()
+            pool._native.drop_host_copy(other._key)
+            duplex.append(timed_ms(lambda: (session.restore(), other.evict(), pool.synchronize())))
+        gbps = 2 * self.session_bytes / median(duplex) / 1e6
+        limit = f"{self.link['both']:.2f} GB/s, both directions in this run"
+        self.add(
+            "duplex_share",
+            gbps / self.link["both"],
+            "share",
+            limit=limit,
+            note=f"one session out, one in: {gbps:.1f} GB/s",
+        )
+        session.close()
+        other.close()
+
+    def part_pause(self) -> None:
+        session, pool = self.prefilled("pause"), self.pool
+        times, moments, leave = [], [], session._leave
+
+        def timed_leave(*args: Any, **kwargs: Any) -> None:
+            torch.cuda.synchronize()
+            moments.append(time.perf_counter())
+            leave(*args, **kwargs)
+
+        session._leave = timed_leave  # type: ignore[method-assign]
+        steps = max(20, self.repeats)
+        for _ in range(steps):
+            outcome = session.run([5], breaks=[Break(self.layers // 2)])
+            assert isinstance(outcome, Paused)
+            session.evict()
+            pool._native.drain()
+            times.append((time.perf_counter() - moments[-1]) * 1e3)
+            outcome.resume()
+            torch.cuda.synchronize()
+            pool.synchronize()
+        session._leave = leave  # type: ignore[method-assign]
+        times.sort()
+        note = f"paused after layer {self.layers // 2} of a decode step, from the last kernel before the pause to the end of the last copy; {steps} pauses, worst"
+        self.add("pause_clean_ms_p99", times[-1], "ms", note=note)
+        self.add("pause_clean_ms_median", median(times), "ms", note="same")
+        before, tokens = pool.report()["pool"]["offloaded_bytes"], 32
+        session.generate([5], tokens, breaks=[Break(self.layers // 2, 7)])
+        session.evict()
+        session.resume()
+        session.evict()
+        moved = pool.report()["pool"]["offloaded_bytes"] - before
+        per_token = 2 * self.layers * 5120 * 2
+        self.add(
+            "reevict_bytes_ratio",
+            moved / (tokens * per_token),
+            "ratio",
+            note=f"{tokens} new tokens, evicted twice on the way",
+        )
+        session.close()
+
+    def part_resume(self) -> None:
+        pool = self.pool
+        plain = []
+        for i in range(self.repeats + 1):
+            session = pool.session("never")
+            plain.append(timed_ms(lambda s=session: s.run(self.ids, logits_to_keep=1)))
+            session.close()
+            pool.synchronize()
+            if i == 0:
+                plain.clear()
+        self.add(
+            "prefill_ms",
+            median(plain),
+            "ms",
+            note=f"{self.tokens} tokens, a session that is never paused, written through meanwhile",
+        )
+        for layer in (self.layers // 4, self.layers // 2, 3 * self.layers // 4):
+            times, evicts = [], []
+            for _ in range(self.repeats):
+                session = pool.session("paused")
+                first = timed_ms(lambda s=session, at=layer: s.run(self.ids, [Break(at)], logits_to_keep=1))
+                evicts.append(timed_ms(lambda s=session: (s.evict(), pool.synchronize())))
+                times.append(first + timed_ms(session.resume))
+                pool.synchronize()
+                session.close()
+            over = 100 * (median(times) / median(plain) - 1)
+            note = f"run to the pause + resume until the logits are there, {median(times):.1f} over {median(plain):.1f} ms; eviction between them, {median(evicts):.2f} ms, not counted"
+            self.add(f"resume_overhead_pct.l{layer}", over, "%", note=note)
+
+    def part_decode(self) -> None:
+        session = self.prefilled("decode")
+        session.generate([5], 4)
+        count = 32
+        times = [timed_ms(lambda: session.generate([], count)) / count for _ in range(self.repeats)]
+        peer = self._static_cache_ms(count)
+        self.add(
+            "decode_ms_13b", median(times), "ms", peer="transformers StaticCache in a CUDA graph", peer_value=peer,
+            limit="6.4 ms: weights and keys at the memory's bandwidth", note=f"CUDA graph, {count} steps a call, begin and write-through included",
+        )  # fmt: skip
+        session.close()
+
+    def _static_cache_ms(self, count: int) -> float:
+        length = self.tokens + 256
+        cache = StaticCache(config=self.model.config, max_cache_len=length)
+        ids = torch.tensor([self.ids], device="cuda")
+        with torch.no_grad():
+            self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+            token = torch.full((1, 1), 5, device="cuda")
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    self.model(input_ids=token, past_key_values=cache, logits_to_keep=1)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = self.model(input_ids=token, past_key_values=cache, logits_to_keep=1).logits
+                token.copy_(logits[:, -1:].argmax(-1))
+        work = lambda: [graph.replay() for _ in range(count)]  # noqa: E731
+        timed_ms(work)
+        return median([timed_ms(work) / count for _ in range(3)])
+
+    def part_next_token(self) -> None:
+        pool, session = self.pool, self.prefilled("next")
+        resident, away, layer = [], [], self.layers // 2
+        for i in range(2 * self.repeats):
+            outcome = session.run([5], breaks=[Break(layer)])
+            assert isinstance(outcome, Paused)
+            if i % 2:
+                session.evict()
+            pool.synchronize()
+            (away if i % 2 else resident).append(timed_ms(outcome.resume))
+            pool.synchronize()
+        link_ms = self.session_bytes * (self.layers - layer - 1) / self.layers / self.link["in"] / 1e6
+        limit_ms = max(link_ms, median(resident))
+        note = f"after layer {layer}: {median(away):.1f} ms away, {median(resident):.1f} ms resident, {link_ms:.1f} ms of link for the layers left (whole session {self.session_bytes / self.link['in'] / 1e6:.1f})"
+        self.add(
+            "decode_resume_over_limit",
+            median(away) / limit_ms,
+            "ratio",
+            limit=f"{limit_ms:.1f} ms",
+            note=note,
+        )
+        session.close()
+
+    def part_unarmed(self) -> None:
+        self.pool._fixed, fixed = None, self.pool._fixed  # exact length, as the plain call has
+        try:
+            ids, worst = torch.tensor([self.ids], device="cuda"), []
+            step = torch.tensor([[5]], device="cuda")
+
+            def plain_prefill() -> Any:
+                cache = DynamicCache(config=self.model.config)
+                self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+                return cache
+
+            with torch.no_grad():
+                plain, ours = [], []
+                for _ in range(self.repeats + 1):
+                    plain.append(timed_ms(plain_prefill))
+                    session = self.pool.session("unarmed")
+                    ours.append(timed_ms(lambda s=session: s.run(ids, logits_to_keep=1)))
+                    session.close()
+                over = 100 * (median(ours[1:]) / median(plain[1:]) - 1)
+                worst.append(over)
+                self.add(
+                    "unarmed_overhead_pct.prefill",
+                    over,
+                    "%",
+                    peer="model(ids, DynamicCache)",
+                    peer_value=median(plain[1:]),
+                    note=f"{median(ours[1:]):.2f} ms",
+                )
+                cache, session = plain_prefill(), self.prefilled("unarmed")
+                plain, ours = [], []
+                for _ in range(4 * self.repeats):
+                    plain.append(
+                        timed_ms(lambda: self.model(input_ids=step, past_key_values=cache, logits_to_keep=1))
+                    )
+                    ours.append(timed_ms(lambda: session.run(step, logits_to_keep=1)))
+                over = 100 * (median(ours[2:]) / median(plain[2:]) - 1)
+                worst.append(over)
+                self.add(
+                    "unarmed_overhead_pct.decode",
+                    over,
+                    "%",
+                    peer="model(ids, DynamicCache)",
+                    peer_value=median(plain[2:]),
+                    note=f"{median(ours[2:]):.2f} ms",
+                )
+                session.close()
+            self.add(
+                "unarmed_overhead_pct",
+                max(worst),
+                "%",
+                note="the worse of prefill and decode, written through meanwhile",
+            )
+        finally:
+            self.pool._fixed = fixed
+
+    def part_bitwise(self) -> None:
+        short = self.ids[:200]
+        same = tried = 0
+        for fixed in (False, True):
+            decoder, self.pool._fixed = self.pool._fixed, self.pool._fixed if fixed else None
+            base = self.pool.session("base")
+            base.run(short)
+            for step in range(2):
+                never = base.fork("never")
+                expected = never.run([5 + step])
+                assert isinstance(expected, Output)
+                never.close()
+                for layer in sorted(
+                    {0, 1, *range(4, self.layers, 5), 10, 20, 30, self.layers - 1} & set(range(self.layers))
+                ):
+                    paused = base.fork("paused")
+                    outcome = paused.run([5 + step], breaks=[Break(layer)])
+                    assert isinstance(outcome, Paused)
+                    paused.evict()
+                    found = outcome.resume()
+                    assert isinstance(found, Output)
+                    same += torch.equal(found.logits, expected.logits)
+                    tried += 1
+                    paused.close()
+                base.run([5 + step])
+            base.close()
+            self.pool._fixed = decoder
+        never = self.pool.session("never").generate(self.ids, 12)
+        session = self.pool.session("steps")
+        found = session.generate(
+            self.ids,
+            12,
+            breaks=[
+                Break(layer, step)
+                for step, layer in ((0, 10), (0, 20), (0, 30), (3, 20), (9, 39))
+                if layer < self.layers
+            ],
+        )
+        while isinstance(found, Paused):
+            session.evict()
+            found = found.resume()
+        assert isinstance(never, Generated) and isinstance(found, Generated)
+        same += found.tokens == never.tokens and torch.equal(found.logits, never.logits)
+        tried += 1
+        self.pool.session("never").close()
+        session.close()
+        note = f"{same} of {tried} pauses and generations, logits torch.equal; exact and fixed length (CUDA graph between pauses)"
+        self.add("bitwise", float(same == tried), "bool", note=note)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parts = [name.removeprefix("part_") for name in vars(Bench) if name.startswith("part_")]
+    parser.add_argument("--only", default=",".join(parts))
+    parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    begin = time.perf_counter()
+    bench = Bench(options.layers, options.tokens, options.repeats)
+    print(f"model and pool in {time.perf_counter() - begin:.1f} s", flush=True)
+    failed = []
+    for part in ["link", *[name for name in options.only.split(",") if name != "link"]]:
+        began = time.perf_counter()
+        try:
+            getattr(bench, f"part_{part}")()
+        except Exception:
+            traceback.print_exc()
+            failed.append(part)
+            for session in bench.pool.sessions():
+                session._turn = None
+                try:
+                    session.close()
+                except Exception as error:
+                    print(f"closing {session}: {error}")
+        print(f"-- {part}: {time.perf_counter() - began:.1f} s", flush=True)
+    write_results("djinn_sessions", bench.rows)
+    for one in bench.rows:
+        print(f"{one['id']:<36} {one['value']:>10.4g} {one['unit']}")
+    print(f"{len(bench.rows)} figures; failed parts: {failed or 'none'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
