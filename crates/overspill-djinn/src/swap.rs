@@ -50,11 +50,14 @@ impl Pool {
         outcome
     }
 
-    /// Sends a parked session off the device. Its slab may be taken at once: whoever takes it waits
-    /// for the copies.
+    /// Sends a parked session off the device; does nothing if it is away. Its slab may be taken at
+    /// once: whoever takes it waits for the copies.
     pub fn evict(&mut self, id: u64) -> Result<()> {
         self.reap()?;
         let entry = self.entry(id)?;
+        if entry.session.residency() == Residency::Away {
+            return Ok(());
+        }
         if entry.session.is_running() {
             return Err(Error::Refused { id, refusal: Refusal::Running });
         }
@@ -163,6 +166,10 @@ impl Pool {
             if let (false, Some(event)) = (waited, &computed) {
                 self.out.wait(event)?;
                 waited = true;
+            }
+            // Its host copy was dropped while it was still on its way back: nothing computed on it yet.
+            for event in self.sessions.get(&id).into_iter().flat_map(|entry| &entry.arrivals[layer]) {
+                self.out.wait(event)?;
             }
             let planned = self.plan_layer(id, layer, tokens.clone(), make_room, &mut departure);
             if planned.is_err() || departure.bytes >= BATCH_BYTES {
