@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -26,6 +28,26 @@ class CpuEdge:
     def allocated_bytes(self) -> int:
         """Anonymous memory of the process that is resident: tensors, heap, staging for the disk."""
         return _native.process_memory()[0]
+
+    def sample(self) -> tuple[int, int]:
+        """Bytes allocated now, and at most since the sample before."""
+        allocated = self.allocated_bytes()
+        return allocated, allocated
+
+    def has_room(self, nbytes: int, budget_bytes: int) -> bool:
+        """Whether a proof may take ``nbytes`` for a moment. The process's memory is no hard limit."""
+        return True
+
+    def mark(self) -> Any:
+        """A point in time of the device."""
+        return time.perf_counter()
+
+    def between_us(self, begin: Any, end: Any) -> float:
+        """Microseconds between two marks that the device has passed."""
+        return float(end - begin) * 1e6
+
+    def synchronize(self) -> None:
+        """Waits until the device has passed every mark."""
 
     def free_bytes(self) -> int:
         """Bytes that a process can still take."""
@@ -65,6 +87,30 @@ class CudaEdge:
     def allocated_bytes(self) -> int:
         """Bytes in live tensors."""
         return torch.cuda.memory_allocated(self.device)
+
+    def sample(self) -> tuple[int, int]:
+        """Bytes in live tensors now, and at most since the sample before; torch's peak begins anew."""
+        live = torch.cuda.memory_stats_as_nested_dict(self.device)["allocated_bytes"]["all"]
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return live["current"], live["peak"]
+
+    def has_room(self, nbytes: int, budget_bytes: int) -> bool:
+        """Whether a proof may take ``nbytes`` for a moment."""
+        return self.allocated_bytes() + nbytes <= budget_bytes
+
+    def mark(self) -> Any:
+        """A point in time of the current stream."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def between_us(self, begin: Any, end: Any) -> float:
+        """Microseconds between two marks that the device has passed."""
+        return float(begin.elapsed_time(end)) * 1e3
+
+    def synchronize(self) -> None:
+        """Waits until the device has passed every mark."""
+        torch.cuda.synchronize(self.device)
 
     def free_bytes(self) -> int:
         """Bytes that the driver says are free, with those that torch has cached."""

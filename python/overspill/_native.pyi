@@ -240,6 +240,9 @@ class Onboarding:
 class Planner:
     """
     Decides for each saved piece of storage; see `overspill_storm::Planner`.
+
+    `allocated_bytes` and `peak_bytes` are what is allocated on the device now and was at most since
+    the call before. An action is 0 to keep, 1 to offload, 2 to rebuild.
     """
     def __new__(
         cls,
@@ -254,28 +257,49 @@ class Planner:
         """
         A planner for `budget_bytes`, of which `fixed_bytes` are taken whatever happens.
         """
-    def ahead_of(self, /, unit: SupportsIndex, allocated_bytes: SupportsIndex) -> list[int]:
-        """
-        Units to bring back now, the soonest needed first.
-        """
     def arrived(self, /, unit: SupportsIndex, stalled_us: SupportsFloat | SupportsIndex) -> None:
         """
         `unit` is back; compute waited `stalled_us` for it.
         """
+    def deviate(self, /) -> None:
+        """
+        The step is not the one that was planned.
+        """
+    def due(
+        self, /, unit: SupportsIndex | None, allocated_bytes: SupportsIndex
+    ) -> tuple[list[int], list[int]]:
+        """
+        What to do by now, `unit` having been needed if it is given: `(releases, fetches)`.
+        """
     def evicted(self, /, unit: SupportsIndex) -> None:
         """
-        The buffer of a unit that was brought back is gone, the unit is not.
+        The buffer of a unit that was brought back or rebuilt is gone, the unit is not.
         """
     def free(
-        self, /, unit: SupportsIndex, allocated_bytes: SupportsIndex, peak_bytes: SupportsIndex | None
+        self,
+        /,
+        unit: SupportsIndex,
+        allocated_bytes: SupportsIndex,
+        peak_bytes: SupportsIndex,
+        step_peak_bytes: SupportsIndex | None,
     ) -> None:
         """
-        The last saved tensor of `unit` is gone; `peak_bytes` is the most allocated in this step.
+        The last saved tensor of `unit` is gone; `step_peak_bytes` is the most allocated in this step.
+        """
+    @property
+    def has_plan(self, /) -> bool:
+        """
+        Whether a plan is being followed.
         """
     @property
     def held_bytes(self, /) -> int:
         """
         Bytes of units held on the device now.
+        """
+    @property
+    def is_exploring(self, /) -> bool:
+        """
+        Whether the step looks for recipes.
         """
     @property
     def is_recording(self, /) -> bool:
@@ -286,13 +310,21 @@ class Planner:
         """
         The source of an offloaded unit was given up.
         """
-    def need(self, /, unit: SupportsIndex, allocated_bytes: SupportsIndex) -> None:
+    def need(self, /, unit: SupportsIndex, allocated_bytes: SupportsIndex, peak_bytes: SupportsIndex) -> None:
         """
         Backward asks for `unit`.
         """
-    def pack(self, /, nbytes: SupportsIndex, allocated_bytes: SupportsIndex) -> tuple[int, bool]:
+    def pack(
+        self, /, nbytes: SupportsIndex, allocated_bytes: SupportsIndex, peak_bytes: SupportsIndex
+    ) -> tuple[int, int]:
         """
-        A tensor was saved: `(unit, keep)`.
+        A tensor was saved: `(unit, action)`.
+        """
+    def pack_narrow(
+        self, /, nbytes: SupportsIndex, allocated_bytes: SupportsIndex, peak_bytes: SupportsIndex
+    ) -> tuple[int, int]:
+        """
+        A narrow copy of the unit packed last was made: `(unit, action)`.
         """
     @property
     def peak_bytes(self, /) -> int:
@@ -301,11 +333,31 @@ class Planner:
         """
     def plan_json(self, /) -> str | None:
         """
-        The plan in force as JSON (`actions`, `predicted`), or None before the first step is over.
+        The plan in force as JSON (`actions`, `schedule`, `predicted`), or None before the second step.
         """
     def prefetched(self, /, unit: SupportsIndex) -> None:
         """
         A buffer for `unit` was allocated ahead of need.
+        """
+    def record_json(self, /) -> str | None:
+        """
+        The recorded step that the plan was made from, as JSON, or None before the second step.
+        """
+    def set_recipe(self, /, unit: SupportsIndex, inputs: SupportsGetItem[int, SupportsIndex]) -> None:
+        """
+        `unit` was proved to be rebuilt from `inputs`, and is from now on.
+        """
+    def settle(
+        self,
+        /,
+        times_us: SupportsGetItem[int, SupportsFloat | SupportsIndex],
+        costs_us: SupportsGetItem[int, tuple[SupportsIndex, SupportsFloat | SupportsIndex]],
+        offload_gbps: SupportsFloat | SupportsIndex,
+        onboard_gbps: SupportsFloat | SupportsIndex,
+    ) -> None:
+        """
+        Device times of the recorded step that has just ended, one an event, in microseconds; of the
+        rebuilds in it, `(unit, microseconds)`; and the speed of the link in 1e9 bytes a second.
         """
 
 @final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 if TYPE_CHECKING:
     from ._native import Onboarding, Slot
+    from ._recipes import Recipe
     from .storm import Storm
 
 # A unit starts on this, so that a tensor restored from it is as well aligned as it was: cuBLAS
@@ -22,13 +24,14 @@ class Unit:
     "One version" is one number of one counter: tensors that share a storage may count apart (the
     gates of an LSTM cell are ``unsafe_chunk``s, each written in place after its sibling was saved).
 
-    Its bytes are on the device (``source``: not gone yet; ``buffer``: brought back), in ``slot``,
-    or both. It dies with the last :class:`Saved` that refers to it.
+    Its bytes are on the device (``source``: not gone yet; ``buffer``: brought back or rebuilt), in
+    ``slot``, both, or nowhere, and then ``recipe`` makes them. It dies with the last :class:`Saved`
+    that refers to it.
     """
 
     __slots__ = (
-        "__weakref__", "buffer", "buffer_ref", "id", "nbytes", "onboarding", "pending", "probe", "round", "saves",
-        "slot", "source", "start", "storage_ref", "storm", "stream", "version",
+        "__weakref__", "_counter", "_probe", "buffer", "buffer_ref", "id", "nbytes", "onboarding", "pending",
+        "recipe", "round", "saves", "slot", "source", "start", "storage_ref", "storm", "stream", "version",
     )  # fmt: skip
 
     def __init__(
@@ -47,9 +50,9 @@ class Unit:
         self.start = start
         self.nbytes = nbytes
         self.version = tensor._version
-        # Shares the version counter of the tensor without its storage.
-        self.probe = tensor.detach()
-        self.probe.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        self._counter: torch.Tensor | None = tensor.detach()
+        self._probe: torch.Tensor | None = None
+        self.recipe: Recipe | None = None
         self.slot: Slot | None = None
         self.source: torch.UntypedStorage | None = None
         self.buffer: torch.UntypedStorage | None = None
@@ -60,6 +63,18 @@ class Unit:
         self.pending = 0
         self.round = 0
 
+    @property
+    def probe(self) -> torch.Tensor:
+        """Shares the version counter of the tensor without its storage. A unit that is sent away or
+        rebuilt has to be asked for it while it is packed: until then the storage is held.
+        """
+        if self._counter is not None:
+            self._probe, self._counter = self._counter, None
+            self._probe = self._probe.detach()
+            self._probe.data = _empty(self._probe.dtype, self._probe.device)
+        assert self._probe is not None
+        return self._probe
+
     def covers(self, start: int, end: int, tensor: torch.Tensor) -> bool:
         """Whether bytes ``start..end`` of the storage are part of this unit, as ``tensor`` has them now."""
         within = self.start <= start and end <= self.start + self.nbytes
@@ -68,12 +83,18 @@ class Unit:
     def _shares_version_counter(self, tensor: torch.Tensor) -> bool:
         # Nothing tells two counters apart but counting: the probe has no bytes to be written.
         before = tensor._version
-        with torch.autograd._unsafe_preserve_version_counter(self.probe):  # type: ignore[attr-defined]
-            self.probe.zero_()
+        probe = self.probe
+        with torch.autograd._unsafe_preserve_version_counter(probe):  # type: ignore[attr-defined]
+            probe.zero_()
             return tensor._version != before
 
     def __del__(self) -> None:
         self.storm._freed(self)
+
+
+@functools.cache
+def _empty(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 class Saved:

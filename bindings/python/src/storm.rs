@@ -8,6 +8,9 @@ use pyo3::{exceptions::PyRuntimeError, prelude::*};
 use crate::errors::storm_error;
 
 /// Decides for each saved piece of storage; see `overspill_storm::Planner`.
+///
+/// `allocated_bytes` and `peak_bytes` are what is allocated on the device now and was at most since
+/// the call before. An action is 0 to keep, 1 to offload, 2 to rebuild.
 #[pyclass(frozen, module = "overspill._native")]
 pub struct Planner {
     planner: Mutex<storm::Planner>,
@@ -19,9 +22,21 @@ impl Planner {
         self.planner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn sample(&self, allocated_bytes: u64) -> Sample {
-        Sample { now_us: self.clock.elapsed().as_secs_f64() * 1e6, allocated_bytes }
+    fn sample(&self, allocated_bytes: u64, peak_bytes: u64) -> Sample {
+        Sample { now_us: self.clock.elapsed().as_secs_f64() * 1e6, allocated_bytes, peak_bytes }
     }
+}
+
+fn code(action: Action) -> u8 {
+    match action {
+        Action::Keep => 0,
+        Action::Offload => 1,
+        Action::Rebuild | Action::Absent => 2,
+    }
+}
+
+fn numbers(units: Vec<UnitId>) -> Vec<u64> {
+    units.into_iter().map(|unit| unit.0).collect()
 }
 
 #[pymethods]
@@ -41,13 +56,31 @@ impl Planner {
         Ok(Self { planner: Mutex::new(planner), clock: std::time::Instant::now() })
     }
 
-    /// A tensor was saved: `(unit, keep)`.
-    fn pack(&self, nbytes: u64, allocated_bytes: u64) -> PyResult<(u64, bool)> {
+    /// A tensor was saved: `(unit, action)`.
+    fn pack(&self, nbytes: u64, allocated_bytes: u64, peak_bytes: u64) -> PyResult<(u64, u8)> {
         // The lock is given up before an exception is made: that may run the collector, and a unit
         // that dies there calls `free`.
-        let packed = self.lock().pack(nbytes, self.sample(allocated_bytes));
+        let packed = self.lock().pack(nbytes, self.sample(allocated_bytes, peak_bytes));
         let (unit, action) = packed.map_err(|error| storm_error(&error))?;
-        Ok((unit.0, action == Action::Keep))
+        Ok((unit.0, code(action)))
+    }
+
+    /// A narrow copy of the unit packed last was made: `(unit, action)`.
+    fn pack_narrow(&self, nbytes: u64, allocated_bytes: u64, peak_bytes: u64) -> (u64, u8) {
+        let (unit, action) = self.lock().pack_narrow(nbytes, self.sample(allocated_bytes, peak_bytes));
+        (unit.0, code(action))
+    }
+
+    /// `unit` was proved to be rebuilt from `inputs`, and is from now on.
+    #[expect(clippy::needless_pass_by_value, reason = "a list of Python's is extracted into a vector")]
+    fn set_recipe(&self, unit: u64, inputs: Vec<u64>) {
+        let inputs: Vec<_> = inputs.iter().copied().map(UnitId).collect();
+        self.lock().set_recipe(UnitId(unit), &inputs);
+    }
+
+    /// The step is not the one that was planned.
+    fn deviate(&self) {
+        self.lock().deviate();
     }
 
     /// The source of an offloaded unit was given up.
@@ -56,13 +89,15 @@ impl Planner {
     }
 
     /// Backward asks for `unit`.
-    fn need(&self, unit: u64, allocated_bytes: u64) {
-        self.lock().need(UnitId(unit), self.sample(allocated_bytes));
+    fn need(&self, unit: u64, allocated_bytes: u64, peak_bytes: u64) {
+        self.lock().need(UnitId(unit), self.sample(allocated_bytes, peak_bytes));
     }
 
-    /// Units to bring back now, the soonest needed first.
-    fn ahead_of(&self, unit: u64, allocated_bytes: u64) -> Vec<u64> {
-        self.lock().ahead_of(UnitId(unit), allocated_bytes).into_iter().map(|unit| unit.0).collect()
+    /// What to do by now, `unit` having been needed if it is given: `(releases, fetches)`.
+    #[pyo3(signature = (unit, allocated_bytes))]
+    fn due(&self, unit: Option<u64>, allocated_bytes: u64) -> (Vec<u64>, Vec<u64>) {
+        let due = self.lock().due(unit.map(UnitId), allocated_bytes);
+        (numbers(due.releases), numbers(due.fetches))
     }
 
     /// A buffer for `unit` was allocated ahead of need.
@@ -75,21 +110,42 @@ impl Planner {
         self.lock().arrived(UnitId(unit), stalled_us);
     }
 
-    /// The buffer of a unit that was brought back is gone, the unit is not.
+    /// The buffer of a unit that was brought back or rebuilt is gone, the unit is not.
     fn evicted(&self, unit: u64) {
         self.lock().evicted(UnitId(unit));
     }
 
-    /// The last saved tensor of `unit` is gone; `peak_bytes` is the most allocated in this step.
-    #[pyo3(signature = (unit, allocated_bytes, peak_bytes))]
-    fn free(&self, unit: u64, allocated_bytes: u64, peak_bytes: Option<u64>) {
-        self.lock().free(UnitId(unit), self.sample(allocated_bytes), || peak_bytes);
+    /// The last saved tensor of `unit` is gone; `step_peak_bytes` is the most allocated in this step.
+    #[pyo3(signature = (unit, allocated_bytes, peak_bytes, step_peak_bytes))]
+    fn free(&self, unit: u64, allocated_bytes: u64, peak_bytes: u64, step_peak_bytes: Option<u64>) {
+        let sample = self.sample(allocated_bytes, peak_bytes);
+        self.lock().free(UnitId(unit), sample, || step_peak_bytes);
+    }
+
+    /// Device times of the recorded step that has just ended, one an event, in microseconds; of the
+    /// rebuilds in it, `(unit, microseconds)`; and the speed of the link in 1e9 bytes a second.
+    #[expect(clippy::needless_pass_by_value, reason = "lists of Python's are extracted into vectors")]
+    fn settle(&self, times_us: Vec<f64>, costs_us: Vec<(u64, f64)>, offload_gbps: f64, onboard_gbps: f64) {
+        let costs_us: Vec<_> = costs_us.iter().map(|&(unit, cost_us)| (UnitId(unit), cost_us)).collect();
+        self.lock().settle(&times_us, &costs_us, Link { offload_gbps, onboard_gbps });
     }
 
     /// Whether the planner wants to know what is allocated at every event.
     #[getter]
     fn is_recording(&self) -> bool {
         self.lock().is_recording()
+    }
+
+    /// Whether the step looks for recipes.
+    #[getter]
+    fn is_exploring(&self) -> bool {
+        self.lock().is_exploring()
+    }
+
+    /// Whether a plan is being followed.
+    #[getter]
+    fn has_plan(&self) -> bool {
+        self.lock().has_plan()
     }
 
     /// Bytes of units held on the device now.
@@ -104,10 +160,17 @@ impl Planner {
         self.lock().peak_bytes()
     }
 
-    /// The plan in force as JSON (`actions`, `predicted`), or None before the first step is over.
+    /// The plan in force as JSON (`actions`, `schedule`, `predicted`), or None before the second step.
     fn plan_json(&self) -> PyResult<Option<String>> {
         let planner = self.lock();
-        let document = planner.plan().map(serde_json::to_string).transpose();
+        let document = planner.plan().map(|(_, plan)| serde_json::to_string(plan)).transpose();
+        document.map_err(|error| PyRuntimeError::new_err(error.to_string()))
+    }
+
+    /// The recorded step that the plan was made from, as JSON, or None before the second step.
+    fn record_json(&self) -> PyResult<Option<String>> {
+        let planner = self.lock();
+        let document = planner.plan().map(|(record, _)| serde_json::to_string(record)).transpose();
         document.map_err(|error| PyRuntimeError::new_err(error.to_string()))
     }
 }

@@ -9,10 +9,11 @@
 
 mod plan;
 mod planner;
+mod profile;
 mod record;
 mod simulate;
 
 pub use plan::{Action, Limits, Plan, make_plan};
 pub use planner::{Error, Planner, Sample, UnitId};
-pub use record::{Event, StepRecord, Unit};
-pub use simulate::{Link, Prediction, simulate};
+pub use record::{Event, Recipe, StepRecord, Unit};
+pub use simulate::{Link, Prediction, Schedule, simulate};

@@ -2,7 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Link, Prediction, StepRecord, simulate};
+use crate::{
+    Link, Prediction, Schedule, StepRecord,
+    profile::Profile,
+    simulate,
+    simulate::{needs, signed},
+};
 
 /// What to do with a unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -12,6 +17,10 @@ pub enum Action {
     Keep,
     /// Send it away when it is packed, bring it back before it is needed.
     Offload,
+    /// Let it go when it is packed, compute it again when it is needed.
+    Rebuild,
+    /// A narrow copy that nobody needs: it is not made.
+    Absent,
 }
 
 /// What a plan has to respect.
@@ -19,7 +28,7 @@ pub enum Action {
 pub struct Limits {
     /// Most bytes in use on the device, all included.
     pub budget_bytes: u64,
-    /// Bytes set aside for units that are brought back early.
+    /// Bytes set aside for units that are brought back early in a step without a plan.
     pub lookahead_bytes: u64,
     /// The link that offloaded units travel on.
     pub link: Link,
@@ -30,77 +39,162 @@ pub struct Limits {
 pub struct Plan {
     /// One per unit, in the order of packing.
     pub actions: Vec<Action>,
+    /// When the offloaded ones go and come.
+    pub schedule: Schedule,
     /// What the simulator says of it.
     pub predicted: Prediction,
 }
 
-/// Keeps as much as fits, last packed first: that is needed first in backward, so it occupies
-/// memory for the shortest time and saves the transfer with the closest deadline. The rest goes.
+/// Shares of the rebuildable units that the first round of the search tries.
+const SHARES: usize = 8;
+/// Room left for units on their way, in sizes of the largest unit.
+const RESERVES: [u64; 4] = [1, 2, 4, 8];
+
+/// Chooses what to rebuild, what to keep and what to offload so that the simulated step is the
+/// shortest within the budget.
+///
+/// Rebuilds are taken in the order of bytes saved a microsecond. For a number of them, what fits is
+/// kept, last packed first (needed first in backward, so it occupies memory for the shortest time
+/// and saves the transfer with the closest deadline), and the rest goes. The number of rebuilds and
+/// the room left for what is on its way are searched, and the simulator decides.
 #[must_use]
 pub fn make_plan(record: &StepRecord, limits: &Limits) -> Plan {
-    let reserved = limits.lookahead_bytes + record.hidden_bytes;
-    let limit = limits.budget_bytes.saturating_sub(reserved);
-    let mut load: Vec<u64> = record.events.iter().map(|event| event.other_bytes).collect();
-    let mut actions = vec![Action::Offload; record.units.len()];
-    for (unit, action) in record.units.iter().zip(&mut actions).rev() {
-        let alive = &mut load[unit.packed_at..record.end_of(unit)];
-        if alive.iter().all(|&bytes| bytes + unit.bytes <= limit) {
-            alive.iter_mut().for_each(|bytes| *bytes += unit.bytes);
-            *action = Action::Keep;
-        }
+    let order = rebuild_order(record);
+    let mut search = Search { record, limits, order: &order, best: None };
+    let steps = SHARES.min(order.len());
+    for step in 0..=steps {
+        search.attempt(order.len() * step / steps.max(1), RESERVES[1]);
     }
-    let predicted = simulate(record, &actions, limits);
-    Plan { actions, predicted }
+    for reserve in [RESERVES[0], RESERVES[2], RESERVES[3], 0] {
+        search.attempt(search.rebuilds(), reserve);
+    }
+    let mut stride = order.len() / steps.max(1) / 2;
+    while stride > 0 {
+        let (middle, reserve) = (search.rebuilds(), search.reserve());
+        search.attempt(middle.saturating_sub(stride), reserve);
+        search.attempt((middle + stride).min(order.len()), reserve);
+        stride /= 2;
+    }
+    search.best.map(|found| found.plan).unwrap_or_default()
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{Event, Unit};
+impl Default for Plan {
+    fn default() -> Self {
+        Self { actions: Vec::new(), schedule: Schedule::default(), predicted: Prediction::default() }
+    }
+}
 
-    /// Forward packs `n` units, backward needs and frees them in reverse.
-    pub(crate) fn stack(n: usize, bytes: u64) -> StepRecord {
-        let events = (0..2 * n).map(|i| Event { time_us: 100.0 * i as f64, other_bytes: 1000 }).collect();
-        let unit = |i| Unit {
-            bytes,
-            packed_at: i,
-            needed_at: Some(2 * n - 1 - i),
-            freed_at: Some((2 * n - i).min(2 * n)),
-        };
-        StepRecord { units: (0..n).map(unit).collect(), events, hidden_bytes: 0 }
+/// Units with a recipe, the most bytes a microsecond first; among equals the last packed, which the
+/// link has the least time for.
+fn rebuild_order(record: &StepRecord) -> Vec<usize> {
+    let gain = |index: usize| {
+        let unit = &record.units[index];
+        let recipe = unit.recipe.as_ref()?;
+        let narrow: u64 = recipe.inputs.iter().filter_map(|&input| narrow_bytes(record, input)).sum();
+        Some(unit.bytes.saturating_sub(narrow) as f64 / recipe.cost_us.max(1e-3))
+    };
+    let mut order: Vec<_> =
+        (0..record.units.len()).filter_map(|index| gain(index).map(|gain| (gain, index))).collect();
+    order.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)));
+    order.into_iter().map(|(_, index)| index).collect()
+}
+
+fn narrow_bytes(record: &StepRecord, index: usize) -> Option<u64> {
+    record.units.get(index).filter(|unit| unit.is_narrow).map(|unit| unit.bytes)
+}
+
+struct Search<'a> {
+    record: &'a StepRecord,
+    limits: &'a Limits,
+    order: &'a [usize],
+    best: Option<Found>,
+}
+
+struct Found {
+    rebuilds: usize,
+    reserve: u64,
+    plan: Plan,
+}
+
+impl Search<'_> {
+    fn rebuilds(&self) -> usize {
+        self.best.as_ref().map_or(0, |found| found.rebuilds)
     }
 
-    fn limits(budget_bytes: u64) -> Limits {
-        Limits { budget_bytes, lookahead_bytes: 0, link: Link { offload_gbps: 1.0, onboard_gbps: 1.0 } }
+    fn reserve(&self) -> u64 {
+        self.best.as_ref().map_or(0, |found| found.reserve)
     }
 
-    #[test]
-    fn keeps_everything_when_it_fits() {
-        let record = stack(10, 500);
-        let plan = make_plan(&record, &limits(record.keep_all_peak_bytes()));
-        assert!(plan.actions.iter().all(|action| *action == Action::Keep));
-        assert_eq!(plan.predicted.peak_bytes, record.keep_all_peak_bytes());
-        assert_eq!(plan.predicted.stall_us, 0.0);
+    fn attempt(&mut self, rebuilds: usize, reserve: u64) {
+        let tried = |found: &Found| found.rebuilds == rebuilds && found.reserve == reserve;
+        if self.best.as_ref().is_some_and(tried) {
+            return;
+        }
+        let actions = choose(self.record, self.limits, &self.order[..rebuilds], reserve);
+        let (schedule, predicted) = simulate(self.record, &actions, self.limits);
+        let budget = self.limits.budget_bytes;
+        let price =
+            |of: &Prediction| (of.peak_bytes.saturating_sub(budget), of.step_us, of.offloaded_bytes as f64);
+        let better = self.best.as_ref().is_none_or(|found| price(&predicted) < price(&found.plan.predicted));
+        if better {
+            self.best = Some(Found { rebuilds, reserve, plan: Plan { actions, schedule, predicted } });
+        }
     }
+}
 
-    #[test]
-    fn offloads_the_first_packed_and_stays_within_the_budget() {
-        let record = stack(10, 500);
-        let plan = make_plan(&record, &limits(1000 + 4 * 500));
-        let kept = plan.actions.iter().filter(|action| **action == Action::Keep).count();
-        assert_eq!(kept, 4);
-        assert!(plan.actions[6..].iter().all(|action| *action == Action::Keep));
+/// Actions with the given units rebuilt: of the others what fits is kept, last packed first.
+fn choose(record: &StepRecord, limits: &Limits, rebuilt: &[usize], reserve: u64) -> Vec<Action> {
+    let mut actions = vec![Action::Offload; record.units.len()];
+    for &unit in rebuilt {
+        actions[unit] = Action::Rebuild;
     }
+    for (index, unit) in record.units.iter().enumerate() {
+        if unit.is_narrow && actions[index - 1] != Action::Rebuild {
+            actions[index] = Action::Absent;
+        }
+    }
+    let largest = record.units.iter().map(|unit| unit.bytes).max().unwrap_or(0);
+    let reserved = record.hidden_bytes + reserve * largest;
+    let limit = signed(limits.budget_bytes.saturating_sub(reserved));
+    let full = signed(limits.budget_bytes.saturating_sub(record.hidden_bytes));
+    let needs = needs(record, &actions);
+    let mut profile = returned_load(record, &actions, &needs);
+    // Where the reserve is not used because everything fits, it is not needed either.
+    let all_fit = everything_fits(record, &actions, &needs, full);
+    let limit = if all_fit { full } else { limit };
+    for (index, unit) in record.units.iter().enumerate().rev() {
+        if actions[index] != Action::Offload {
+            continue;
+        }
+        // From its return on it is in the profile in any case.
+        let away = unit.packed_at..needs[index].map_or(record.end_of(unit), |need| need + 1);
+        if profile.max(away.clone()) + signed(unit.bytes) <= limit {
+            profile.add(away, signed(unit.bytes));
+            actions[index] = Action::Keep;
+        }
+    }
+    actions
+}
 
-    #[test]
-    fn a_budget_below_the_rest_offloads_all() {
-        let plan = make_plan(&stack(3, 500), &limits(10));
-        assert!(plan.actions.iter().all(|action| *action == Action::Offload));
+/// Bytes at each event with every offloaded and rebuilt unit away until it is needed.
+fn returned_load(record: &StepRecord, actions: &[Action], needs: &[Option<usize>]) -> Profile {
+    let values: Vec<_> = record.events.iter().map(|event| signed(event.other_bytes)).collect();
+    let mut profile = Profile::new(&values);
+    for (index, unit) in record.units.iter().enumerate() {
+        if let (Some(need), true) = (needs[index], actions[index] != Action::Absent) {
+            profile.add(need + 1..record.end_of(unit), signed(unit.bytes));
+        }
     }
+    profile
+}
 
-    #[test]
-    fn an_empty_step_has_an_empty_plan() {
-        let plan = make_plan(&StepRecord::default(), &limits(0));
-        assert_eq!(plan.actions, []);
+fn everything_fits(record: &StepRecord, actions: &[Action], needs: &[Option<usize>], limit: i64) -> bool {
+    let mut profile = returned_load(record, actions, needs);
+    for (index, unit) in record.units.iter().enumerate() {
+        if actions[index] == Action::Offload {
+            let end = needs[index].map_or(record.end_of(unit), |need| need + 1);
+            profile.add(unit.packed_at..end, signed(unit.bytes));
+        }
     }
+    profile.max(0..record.events.len()) <= limit
 }

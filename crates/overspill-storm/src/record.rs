@@ -11,15 +11,24 @@ use serde::{Deserialize, Serialize};
 /// A moment of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Event {
-    /// Compute time since the step began in microseconds: host time less the time spent waiting
-    /// for transfers.
+    /// Compute time since the step began in microseconds, without waits for transfers and without
+    /// what overspill computes itself.
     pub time_us: f64,
-    /// Bytes allocated that are not units held by overspill.
+    /// Most bytes allocated since the event before, that are not units held by overspill.
     pub other_bytes: u64,
 }
 
+/// How to compute a unit again.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Recipe {
+    /// Indices of the units it reads.
+    pub inputs: Vec<usize>,
+    /// Time of it on the device, in microseconds.
+    pub cost_us: f64,
+}
+
 /// A piece of storage that autograd saved.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Unit {
     /// Length in bytes.
     pub bytes: u64,
@@ -29,6 +38,18 @@ pub struct Unit {
     pub needed_at: Option<usize>,
     /// Index of the event at which its last saved tensor was gone.
     pub freed_at: Option<usize>,
+    /// How to rebuild it, if that was proved.
+    pub recipe: Option<Recipe>,
+    /// Whether it is a narrow copy of the unit before it, made only where that is rebuilt from it.
+    pub is_narrow: bool,
+}
+
+impl Unit {
+    /// A unit that was just packed.
+    #[must_use]
+    pub fn packed(bytes: u64, packed_at: usize) -> Self {
+        Self { bytes, packed_at, needed_at: None, freed_at: None, recipe: None, is_narrow: false }
+    }
 }
 
 /// A step, as it went.
@@ -38,29 +59,29 @@ pub struct StepRecord {
     pub units: Vec<Unit>,
     /// Events in order.
     pub events: Vec<Event>,
-    /// Bytes in use between two events beyond what either saw: working sets inside operations.
+    /// Bytes in use beyond what any event saw.
     pub hidden_bytes: u64,
 }
 
 impl StepRecord {
-    /// Bytes of all units: what keeping everything holds on top of the rest, if no unit is freed
-    /// before the last is packed.
+    /// Bytes that autograd saved: what keeping everything holds on top of the rest, if no unit is
+    /// freed before the last is packed.
     #[must_use]
     pub fn unit_bytes(&self) -> u64 {
-        self.units.iter().map(|unit| unit.bytes).sum()
+        self.units.iter().filter(|unit| !unit.is_narrow).map(|unit| unit.bytes).sum()
     }
 
     /// Index one past the last event at which `unit` occupies memory if it is kept.
     #[must_use]
     pub fn end_of(&self, unit: &Unit) -> usize {
-        unit.freed_at.unwrap_or(self.events.len())
+        unit.freed_at.map_or(self.events.len(), |at| at + 1)
     }
 
     /// Most bytes in use at once if every unit is kept.
     #[must_use]
     pub fn keep_all_peak_bytes(&self) -> u64 {
         let mut change = vec![0i128; self.events.len() + 1];
-        for unit in &self.units {
+        for unit in self.units.iter().filter(|unit| !unit.is_narrow) {
             change[unit.packed_at] += i128::from(unit.bytes);
             change[self.end_of(unit)] -= i128::from(unit.bytes);
         }

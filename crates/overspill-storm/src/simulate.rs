@@ -1,12 +1,17 @@
-//! Prices a plan: two copy engines and one compute stream, replayed over the recorded step.
+//! Schedules and prices a choice of actions: two copy engines and one compute stream, replayed over
+//! the recorded step.
 //!
-//! Offloads are sent when they are packed and leave in order. Onboards return in the order in which
-//! they are needed, as early as the lookahead lets them. Compute stalls when a unit is not there;
-//! everything after moves by as much.
+//! Offloads leave in the order of packing; their memory is free from the event at which compute is
+//! made to wait for them, which is the first one after the copy is done, or an earlier one where the
+//! memory is needed (a stall). Onboards return in the order of their deadlines, each from the
+//! earliest event of backward on at which the memory stays within the limit until it is needed. A
+//! rebuild happens where the unit is first needed, be it as the input of another rebuild.
+
+use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Action, Limits, StepRecord};
+use crate::{Action, Limits, StepRecord, profile::Profile};
 
 /// Speed of the way out and back, in GB/s (1e9 bytes).
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -22,74 +27,270 @@ pub struct Link {
 pub struct Prediction {
     /// Most bytes in use on the device.
     pub peak_bytes: u64,
-    /// Time of the step in microseconds, stalls included.
+    /// Time of the step in microseconds, stalls and rebuilds included.
     pub step_us: f64,
     /// Time that compute waits for transfers, in microseconds.
     pub stall_us: f64,
+    /// Time of rebuilds, in microseconds.
+    pub rebuild_us: f64,
     /// Bytes that leave the device.
     pub offloaded_bytes: u64,
+    /// Bytes that are rebuilt.
+    pub rebuilt_bytes: u64,
+    /// Bytes that stay.
+    pub kept_bytes: u64,
+}
+
+/// When the transfers of a plan happen.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Schedule {
+    /// `(event, unit)` in order: from this event on the memory of the unit may be reused.
+    pub releases: Vec<(usize, usize)>,
+    /// `(event, unit)` in order: at this event the unit starts on its way back.
+    pub fetches: Vec<(usize, usize)>,
+}
+
+/// First event at which each unit has to be on the device: its own need, or that of a unit that is
+/// rebuilt from it.
+pub(crate) fn needs(record: &StepRecord, actions: &[Action]) -> Vec<Option<usize>> {
+    let mut needs: Vec<Option<usize>> = record.units.iter().map(|unit| unit.needed_at).collect();
+    // A recipe reads units that were packed before, and its own narrow copy, which reads none.
+    for (index, unit) in record.units.iter().enumerate().rev() {
+        if let (Action::Rebuild, Some(recipe), Some(need)) = (actions[index], &unit.recipe, needs[index]) {
+            for &input in &recipe.inputs {
+                needs[input] = Some(needs[input].map_or(need, |own| own.min(need)));
+            }
+        }
+    }
+    needs
 }
 
 /// Replays `record` under `actions`.
 #[must_use]
-pub fn simulate(record: &StepRecord, actions: &[Action], limits: &Limits) -> Prediction {
-    let offloaded =
-        || record.units.iter().zip(actions).filter(|(_, action)| **action == Action::Offload).map(|(u, _)| u);
-    let time_at = |event: usize| record.events.get(event).map_or(0.0, |event| event.time_us);
-    let us = |bytes: u64, gbps: f64| bytes as f64 / (gbps * 1e3);
-
-    let mut out_free_us = 0.0f64;
-    for unit in offloaded() {
-        out_free_us = out_free_us.max(time_at(unit.packed_at)) + us(unit.bytes, limits.link.offload_gbps);
-    }
-
-    let mut returns: Vec<_> =
-        offloaded().filter_map(|unit| unit.needed_at.map(|at| (at, unit.bytes))).collect();
-    returns.sort_unstable();
-    let backward_us = returns.first().map_or(0.0, |&(at, _)| time_at(at));
-    let (mut in_free_us, mut stall_us) = (backward_us, 0.0f64);
-    // Needed times of the units that are back or on their way and not yet used: the lookahead.
-    let mut ahead: std::collections::VecDeque<(f64, u64)> = std::collections::VecDeque::new();
-    let mut ahead_bytes = 0;
-    for (at, bytes) in returns {
-        while ahead_bytes > 0 && ahead_bytes + bytes > limits.lookahead_bytes {
-            let Some((used_us, used)) = ahead.pop_front() else { break };
-            in_free_us = in_free_us.max(used_us);
-            ahead_bytes -= used;
-        }
-        in_free_us += us(bytes, limits.link.onboard_gbps);
-        let needed_us = time_at(at) + stall_us;
-        stall_us += (in_free_us - needed_us).max(0.0);
-        ahead.push_back((time_at(at) + stall_us, bytes));
-        ahead_bytes += bytes;
-    }
-
-    let last_us = record.events.last().map_or(0.0, |event| event.time_us);
-    Prediction {
-        peak_bytes: peak(record, actions, limits),
-        step_us: last_us + stall_us,
+pub fn simulate(record: &StepRecord, actions: &[Action], limits: &Limits) -> (Schedule, Prediction) {
+    let mut replay = Replay::new(record, actions, limits);
+    replay.plan_releases();
+    replay.plan_fetches();
+    let (step_us, stall_us, rebuild_us) = replay.time();
+    let sum = |wanted: Action| {
+        let units = record.units.iter().zip(actions);
+        units.filter(|(_, action)| **action == wanted).map(|(unit, _)| unit.bytes).sum()
+    };
+    let prediction = Prediction {
+        peak_bytes: u64::try_from(replay.peak).unwrap_or(0) + record.hidden_bytes,
+        step_us,
         stall_us,
-        offloaded_bytes: offloaded().map(|unit| unit.bytes).sum(),
+        rebuild_us,
+        offloaded_bytes: sum(Action::Offload),
+        rebuilt_bytes: sum(Action::Rebuild),
+        kept_bytes: sum(Action::Keep),
+    };
+    (replay.schedule, prediction)
+}
+
+struct Replay<'a> {
+    record: &'a StepRecord,
+    actions: &'a [Action],
+    link: Link,
+    /// Of what events see; hidden bytes are off already.
+    limit: i64,
+    needs: Vec<Option<usize>>,
+    /// Units packed at an event, and units first needed at one.
+    packs: Vec<(usize, usize)>,
+    due: Vec<(usize, usize)>,
+    /// Of an offloaded unit: the event of its release; `usize::MAX` while it has none.
+    released: Vec<usize>,
+    schedule: Schedule,
+    peak: i64,
+}
+
+impl<'a> Replay<'a> {
+    fn new(record: &'a StepRecord, actions: &'a [Action], limits: &Limits) -> Self {
+        let needs = needs(record, actions);
+        let packs = record.units.iter().enumerate().map(|(index, unit)| (unit.packed_at, index)).collect();
+        let mut due: Vec<_> =
+            needs.iter().enumerate().filter_map(|(index, need)| need.map(|at| (at, index))).collect();
+        due.sort_unstable();
+        Self {
+            record,
+            actions,
+            link: limits.link,
+            limit: signed(limits.budget_bytes.saturating_sub(record.hidden_bytes)),
+            released: vec![usize::MAX; record.units.len()],
+            needs,
+            packs,
+            due,
+            schedule: Schedule::default(),
+            peak: 0,
+        }
+    }
+
+    fn us(bytes: u64, gbps: f64) -> f64 {
+        bytes as f64 / (gbps * 1e3)
+    }
+
+    /// Bytes at each event without offloaded units before they return.
+    fn load(&self) -> Vec<i64> {
+        let events = self.record.events.len();
+        let mut change = vec![0i64; events + 2];
+        let mut add = |range: std::ops::Range<usize>, bytes: u64| {
+            if range.start < range.end {
+                change[range.start] += signed(bytes);
+                change[range.end] -= signed(bytes);
+            }
+        };
+        for (index, unit) in self.record.units.iter().enumerate() {
+            let end = self.record.end_of(unit);
+            let back = |add: &mut dyn FnMut(std::ops::Range<usize>, u64)| {
+                if let Some(need) = self.needs[index] {
+                    add(need + 1..end, unit.bytes);
+                }
+            };
+            match self.actions[index] {
+                Action::Keep => add(unit.packed_at..end, unit.bytes),
+                Action::Offload => back(&mut add),
+                Action::Rebuild => {
+                    add(unit.packed_at..(unit.packed_at + 2).min(end), unit.bytes);
+                    back(&mut add);
+                }
+                Action::Absent => {}
+            }
+        }
+        let mut total = 0;
+        let others = self.record.events.iter().map(|event| signed(event.other_bytes));
+        others
+            .zip(change)
+            .map(|(other, change)| {
+                total += change;
+                other + total
+            })
+            .collect()
+    }
+
+    /// Decides when the memory of each offloaded unit is given up.
+    fn plan_releases(&mut self) {
+        let load = self.load();
+        let (mut out_free_us, mut shift_us) = (0.0f64, 0.0f64);
+        let mut leaving: VecDeque<(usize, f64)> = VecDeque::new();
+        let mut leaving_bytes = 0i64;
+        let (mut packs, mut due) = (self.packs.iter().peekable(), self.due.iter().peekable());
+        for (at, event) in self.record.events.iter().enumerate() {
+            let now_us = event.time_us + shift_us;
+            while let Some(&(_, unit)) = packs.next_if(|(packed_at, _)| *packed_at == at) {
+                let Some(bytes) = self.offloaded(unit) else { continue };
+                out_free_us = out_free_us.max(now_us) + Self::us(bytes, self.link.offload_gbps);
+                leaving.push_back((unit, out_free_us));
+                leaving_bytes += signed(bytes);
+            }
+            // One that is needed before it has left does not leave.
+            while let Some(&(_, unit)) = due.next_if(|(need, _)| *need == at) {
+                if self.offloaded(unit).is_some() && self.released[unit] == usize::MAX {
+                    leaving.retain(|&(other, _)| other != unit);
+                    leaving_bytes -= signed(self.record.units[unit].bytes);
+                }
+            }
+            let next = load.get(at + 1).copied().unwrap_or(0) + self.packed_next(at + 1);
+            while let Some(&(unit, done_us)) = leaving.front() {
+                if done_us > event.time_us + shift_us {
+                    if next + leaving_bytes <= self.limit {
+                        break;
+                    }
+                    shift_us = done_us - event.time_us;
+                }
+                leaving.pop_front();
+                leaving_bytes -= signed(self.record.units[unit].bytes);
+                self.released[unit] = at;
+                self.schedule.releases.push((at, unit));
+            }
+        }
+    }
+
+    /// Bytes of an offloaded unit that is packed at event `at`.
+    fn packed_next(&self, at: usize) -> i64 {
+        let first = self.packs.partition_point(|&(packed_at, _)| packed_at < at);
+        let packed = self.packs[first..].iter().take_while(|(packed_at, _)| *packed_at == at);
+        packed.filter_map(|&(_, unit)| self.offloaded(unit)).map(signed).sum()
+    }
+
+    /// Decides when each unit that has left starts on its way back.
+    fn plan_fetches(&mut self) {
+        let mut profile = Profile::new(&self.load());
+        for (index, unit) in self.record.units.iter().enumerate() {
+            if self.offloaded(index).is_some() {
+                let end = if self.released[index] == usize::MAX {
+                    // Never left: from its return on it is in the load already.
+                    self.needs[index].map_or(self.record.end_of(unit), |need| need + 1)
+                } else {
+                    self.released[index] + 1
+                };
+                profile.add(unit.packed_at..end, signed(unit.bytes));
+            }
+        }
+        let mut earliest = self.due.first().map_or(0, |&(need, _)| need);
+        for &(need, unit) in &self.due {
+            let released = self.released[unit];
+            if self.offloaded(unit).is_none() || released == usize::MAX {
+                continue;
+            }
+            let bytes = signed(self.record.units[unit].bytes);
+            let first = earliest.max(released).min(need);
+            let blocked = profile.last_above(first + 1..need + 1, self.limit - bytes);
+            let start = blocked.unwrap_or(first);
+            profile.add(start + 1..need + 1, bytes);
+            self.schedule.fetches.push((start, unit));
+            earliest = start;
+        }
+        self.peak = profile.max(0..self.record.events.len()).max(0);
+    }
+
+    /// Time of the step, of its stalls, and of its rebuilds.
+    fn time(&self) -> (f64, f64, f64) {
+        let (mut stall_us, mut rebuild_us) = (0.0f64, 0.0f64);
+        let (mut out_free_us, mut in_free_us) = (0.0f64, 0.0f64);
+        let mut done_us = vec![0.0f64; self.record.units.len()];
+        let mut packs = self.packs.iter().peekable();
+        let mut due = self.due.iter().peekable();
+        let mut releases = self.schedule.releases.iter().peekable();
+        let mut fetches = self.schedule.fetches.iter().peekable();
+        for (at, event) in self.record.events.iter().enumerate() {
+            let now = |stall_us: f64, rebuild_us: f64| event.time_us + stall_us + rebuild_us;
+            while let Some(&(_, unit)) = packs.next_if(|(packed_at, _)| *packed_at == at) {
+                if let Some(bytes) = self.offloaded(unit) {
+                    out_free_us =
+                        out_free_us.max(now(stall_us, rebuild_us)) + Self::us(bytes, self.link.offload_gbps);
+                    done_us[unit] = out_free_us;
+                }
+            }
+            while let Some(&(_, unit)) = releases.next_if(|(release, _)| *release <= at) {
+                stall_us += (done_us[unit] - now(stall_us, rebuild_us)).max(0.0);
+            }
+            while let Some(&(_, unit)) = fetches.next_if(|(start, _)| *start <= at) {
+                in_free_us = in_free_us.max(now(stall_us, rebuild_us))
+                    + Self::us(self.record.units[unit].bytes, self.link.onboard_gbps);
+                done_us[unit] = in_free_us;
+            }
+            while let Some(&(_, unit)) = due.next_if(|(need, _)| *need == at) {
+                match self.actions[unit] {
+                    Action::Offload if self.released[unit] != usize::MAX => {
+                        stall_us += (done_us[unit] - now(stall_us, rebuild_us)).max(0.0);
+                    }
+                    Action::Rebuild => {
+                        let recipe = self.record.units[unit].recipe.as_ref();
+                        rebuild_us += recipe.map_or(0.0, |recipe| recipe.cost_us);
+                    }
+                    _ => {}
+                }
+            }
+        }
+        let last_us = self.record.events.last().map_or(0.0, |event| event.time_us);
+        (last_us + stall_us + rebuild_us, stall_us, rebuild_us)
+    }
+
+    fn offloaded(&self, unit: usize) -> Option<u64> {
+        (self.actions[unit] == Action::Offload).then(|| self.record.units[unit].bytes)
     }
 }
 
-fn peak(record: &StepRecord, actions: &[Action], limits: &Limits) -> u64 {
-    let mut change = vec![0i128; record.events.len() + 1];
-    let mut any_offloaded = false;
-    for (unit, action) in record.units.iter().zip(actions) {
-        match action {
-            Action::Keep => {
-                change[unit.packed_at] += i128::from(unit.bytes);
-                change[record.end_of(unit)] -= i128::from(unit.bytes);
-            }
-            Action::Offload => any_offloaded = true,
-        }
-    }
-    let (mut kept, mut peak) = (0i128, 0i128);
-    for (event, change) in record.events.iter().zip(change) {
-        kept += change;
-        peak = peak.max(kept + i128::from(event.other_bytes));
-    }
-    let lookahead = if any_offloaded { limits.lookahead_bytes } else { 0 };
-    u64::try_from(peak).unwrap_or(0) + record.hidden_bytes + lookahead
+pub(crate) fn signed(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX / 8)
 }

@@ -1,0 +1,60 @@
+"""Device times of a recorded step: when each event happened, without what overspill itself took.
+
+The planner needs the times of the model's own work. Whatever overspill adds to the compute stream (a
+wait for a copy, a rebuild, a proof) is put between two marks and taken off again, and a rebuild's
+marks are its cost.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._edge import Edge
+
+# More than any step has; a step that never ends is not worth the events.
+_MOST = 200_000
+
+
+class Timeline:
+    """Marks of one step on the device's clock."""
+
+    def __init__(self, edge: Edge) -> None:
+        self._edge = edge
+        self._events: list[Any] = []
+        self._own: list[tuple[int, Any, Any, int | None]] = []
+
+    def event(self) -> None:
+        """The planner counted an event."""
+        if len(self._events) < _MOST:
+            self._events.append(self._edge.mark())
+
+    def begin(self) -> Any:
+        """Work of overspill's own begins on the current stream."""
+        return self._edge.mark()
+
+    def end(self, begin: Any, unit: int | None = None) -> None:
+        """It ends; it was the cost of ``unit``'s recipe, or nobody's."""
+        if len(self._own) < _MOST:
+            self._own.append((len(self._events), begin, self._edge.mark(), unit))
+
+    def close(self) -> tuple[list[float], dict[int, float]]:
+        """Microseconds of the events since the first, and of the recipes by unit; begins anew.
+
+        Waits for the device.
+        """
+        self._edge.synchronize()
+        events, own = self._events, self._own
+        self._events, self._own = [], []
+        costs: dict[int, float] = {}
+        taken = [0.0] * (len(events) + 1)
+        for index, begin, end, unit in own:
+            us = self._edge.between_us(begin, end)
+            taken[index] += us
+            if unit is not None:
+                costs[unit] = costs.get(unit, 0.0) + us
+        times: list[float] = []
+        total = 0.0
+        for index, event in enumerate(events):
+            total += taken[index]
+            times.append(max(self._edge.between_us(events[0], event) - total, times[-1] if times else 0.0))
+        return times, costs
