@@ -251,6 +251,7 @@ class Planner:
         budget_bytes: SupportsIndex,
         fixed_bytes: SupportsIndex,
         lookahead_bytes: SupportsIndex,
+        slack_bytes: SupportsIndex,
         offload_gbps: SupportsFloat | SupportsIndex,
         onboard_gbps: SupportsFloat | SupportsIndex,
     ) -> Planner:

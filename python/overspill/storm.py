@@ -90,6 +90,8 @@ class Storm:
             budget_bytes=budget,
             fixed_bytes=self._fixed_bytes(),
             lookahead_bytes=lookahead,
+            # A process's memory is what the system says, in pages, and with what the allocator holds back.
+            slack_bytes=lookahead if self._edge.device.type == "cpu" else 0,
             # Until the copies of the first step have been timed.
             offload_gbps=1.0,
             onboard_gbps=1.0,

@@ -125,7 +125,7 @@ def test_a_source_freed_before_its_event_is_found(monkeypatch: pytest.MonkeyPatc
     real = Storm._release_sources
 
     def early(storm: Storm) -> None:
-        for reference in storm._leaving:
+        for reference in list(storm._leaving):
             unit = reference()
             if unit is not None and unit.source is not None:
                 storm._forget_source(unit)

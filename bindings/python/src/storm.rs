@@ -43,15 +43,17 @@ fn numbers(units: Vec<UnitId>) -> Vec<u64> {
 impl Planner {
     /// A planner for `budget_bytes`, of which `fixed_bytes` are taken whatever happens.
     #[new]
-    #[pyo3(signature = (*, budget_bytes, fixed_bytes, lookahead_bytes, offload_gbps, onboard_gbps))]
+    #[pyo3(signature = (*, budget_bytes, fixed_bytes, lookahead_bytes, slack_bytes, offload_gbps, onboard_gbps))]
     fn new(
         budget_bytes: u64,
         fixed_bytes: u64,
         lookahead_bytes: u64,
+        slack_bytes: u64,
         offload_gbps: f64,
         onboard_gbps: f64,
     ) -> PyResult<Self> {
-        let limits = Limits { budget_bytes, lookahead_bytes, link: Link { offload_gbps, onboard_gbps } };
+        let link = Link { offload_gbps, onboard_gbps };
+        let limits = Limits { budget_bytes, lookahead_bytes, slack_bytes, link };
         let planner = storm::Planner::new(limits, fixed_bytes).map_err(|error| storm_error(&error))?;
         Ok(Self { planner: Mutex::new(planner), clock: std::time::Instant::now() })
     }

@@ -30,12 +30,14 @@ pub struct Limits {
     pub budget_bytes: u64,
     /// Bytes set aside for units that are brought back early in a step without a plan.
     pub lookahead_bytes: u64,
+    /// Bytes of the budget that plans leave alone, where the device does not count exactly.
+    pub slack_bytes: u64,
     /// The link that offloaded units travel on.
     pub link: Link,
 }
 
 /// Actions for the units of a step, with what they should cost.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
     /// One per unit, in the order of packing.
     pub actions: Vec<Action>,
@@ -60,7 +62,12 @@ const RESERVES: [u64; 4] = [1, 2, 4, 8];
 #[must_use]
 pub fn make_plan(record: &StepRecord, limits: &Limits) -> Plan {
     let order = rebuild_order(record);
-    let mut search = Search { record, limits, order: &order, best: None };
+    // A budget that nothing can keep must not drown the price: the best that can be done counts.
+    let all_out = choose(record, &Limits { budget_bytes: 0, ..*limits }, &[], 0);
+    let floor = simulate(record, &all_out, &Limits { budget_bytes: 0, ..*limits }).1.peak_bytes;
+    let largest = record.units.iter().map(|unit| unit.bytes).max().unwrap_or(0);
+    let budget = if floor > limits.budget_bytes { floor + 2 * largest } else { limits.budget_bytes };
+    let mut search = Search { record, limits, budget, order: &order, best: None };
     let steps = SHARES.min(order.len());
     for step in 0..=steps {
         search.attempt(order.len() * step / steps.max(1), RESERVES[1]);
@@ -76,12 +83,6 @@ pub fn make_plan(record: &StepRecord, limits: &Limits) -> Plan {
         stride /= 2;
     }
     search.best.map(|found| found.plan).unwrap_or_default()
-}
-
-impl Default for Plan {
-    fn default() -> Self {
-        Self { actions: Vec::new(), schedule: Schedule::default(), predicted: Prediction::default() }
-    }
 }
 
 /// Units with a recipe, the most bytes a microsecond first; among equals the last packed, which the
@@ -106,6 +107,7 @@ fn narrow_bytes(record: &StepRecord, index: usize) -> Option<u64> {
 struct Search<'a> {
     record: &'a StepRecord,
     limits: &'a Limits,
+    budget: u64,
     order: &'a [usize],
     best: Option<Found>,
 }
@@ -132,9 +134,7 @@ impl Search<'_> {
         }
         let actions = choose(self.record, self.limits, &self.order[..rebuilds], reserve);
         let (schedule, predicted) = simulate(self.record, &actions, self.limits);
-        let budget = self.limits.budget_bytes;
-        let price =
-            |of: &Prediction| (of.peak_bytes.saturating_sub(budget), of.step_us, of.offloaded_bytes as f64);
+        let price = |of: &Prediction| (of.peak_bytes.saturating_sub(self.budget), of.step_us);
         let better = self.best.as_ref().is_none_or(|found| price(&predicted) < price(&found.plan.predicted));
         if better {
             self.best = Some(Found { rebuilds, reserve, plan: Plan { actions, schedule, predicted } });

@@ -59,7 +59,7 @@ pub struct Planner {
     limits: Limits,
     /// Parameters, buffers and gradients: in use whatever is decided.
     fixed_bytes: u64,
-    /// What steps so far exceeded the budget by; only grows.
+    /// What events do not see, and what steps so far exceeded the budget by; only grows.
     hidden_bytes: u64,
     /// Most bytes allocated at any time, as far as anybody has said.
     peak_bytes: u64,
@@ -134,7 +134,7 @@ impl Planner {
         Ok(Self {
             limits,
             fixed_bytes,
-            hidden_bytes: 0,
+            hidden_bytes: limits.slack_bytes,
             peak_bytes: 0,
             phase: Phase::Explore,
             pending: None,
@@ -506,7 +506,8 @@ mod tests {
     const LINK: Link = Link { offload_gbps: 1.0, onboard_gbps: 1.0 };
 
     fn planner(budget_bytes: u64) -> Planner {
-        Planner::new(Limits { budget_bytes, lookahead_bytes: 100, link: LINK }, 100).expect("fits")
+        Planner::new(Limits { budget_bytes, lookahead_bytes: 100, slack_bytes: 0, link: LINK }, 100)
+            .expect("fits")
     }
 
     fn sample(allocated_bytes: u64) -> Sample {

@@ -14,7 +14,12 @@ fn stack(n: usize, bytes: u64) -> StepRecord {
 }
 
 fn limits(budget_bytes: u64) -> Limits {
-    Limits { budget_bytes, lookahead_bytes: 0, link: Link { offload_gbps: 1.0, onboard_gbps: 1.0 } }
+    Limits {
+        budget_bytes,
+        lookahead_bytes: 0,
+        slack_bytes: 0,
+        link: Link { offload_gbps: 1.0, onboard_gbps: 1.0 },
+    }
 }
 
 /// A random step: sizes and times vary, some units have recipes that read earlier ones.
