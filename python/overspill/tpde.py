@@ -10,6 +10,10 @@ numpy arrays. A patch is a path or bytes. Nothing here needs torch unless a stat
 
     packed = tpde.pack(old_state_dict, new_state_dict)
     state = tpde.apply(packed.data, old_state_dict)
+
+A model that is resident is patched where it lies, on CUDA by kernels::
+
+    tpde.open("101.tpde").apply_(model)
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from typing import Any, Literal
 
 from . import _native
 
-__all__ = ["Packed", "Patch", "TensorInfo", "apply", "inspect", "open", "pack"]
+__all__ = ["Packed", "Patch", "TensorInfo", "apply", "inspect", "open", "pack", "state_id"]
 
 DEFAULT_MEMORY_BYTES = 1536 << 20
 
@@ -139,12 +143,52 @@ def _empty(info: TensorInfo, framework: Framework) -> tuple[Any, int]:
     return array, array.ctypes.data
 
 
+_STATE = "_overspill_state_id"
+"""Attribute of a module: the state that :meth:`Patch.apply_` left it in."""
+
+
+def _in_place(target: Any, needed: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """The tensors that a patch is applied to, in its order, each checked to be what the patch says."""
+    found = target if isinstance(target, Mapping) else target.state_dict(keep_vars=True)
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise ValueError(f"no tensor {missing[0]!r} to apply to, and {len(missing) - 1} more are missing")
+    tensors = {}
+    for name, info in needed.items():
+        tensor = found[name].detach()
+        dtype = _TORCH_NAMES.get(info.dtype)
+        if str(tensor.dtype) != f"torch.{dtype}" or tuple(tensor.shape) != info.shape:
+            raise ValueError(f"{name!r} is {tensor.dtype} {tuple(tensor.shape)}, not {info.dtype} {info.shape}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name!r} is not contiguous")
+        tensors[name] = tensor
+    return tensors
+
+
+def _written(tensor: Any) -> None:
+    """Tells autograd that a tensor was written behind its back."""
+    import torch
+
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
+def _ordinal(device: Any) -> int:
+    import torch
+
+    device = torch.device(device)
+    if device.type != "cuda":
+        raise ValueError(f"{device} is not a CUDA device")
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 class Patch:
     """An opened patch: its tables are read and checked, its payloads not yet."""
 
     def __init__(self, patch: PathType | bytes) -> None:
         source = patch if isinstance(patch, bytes) else os.fspath(patch)
         self._native = _native.TpdePatch(source)
+        self._devices: dict[int, _native.TpdeDevicePatch] = {}
 
     @property
     def kind(self) -> str:
@@ -208,6 +252,69 @@ class Patch:
         limits = {"memory_bytes": memory_bytes, "threads": threads}
         self._native.apply_into(source.native, outs, base_id=base_id, **limits, progress=progress)
         return state
+
+    def to(self, device: Any) -> Patch:
+        """Authenticates the patch and brings it up to a CUDA device, ahead of :meth:`apply_`. Returns self."""
+        self._on_device(_ordinal(device), DEFAULT_MEMORY_BYTES, 0)
+        return self
+
+    def apply_(
+        self,
+        target: Any,
+        *,
+        base_id: str | None = None,
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        threads: int = 0,
+    ) -> str:
+        """Turns weights into the final ones where they lie and returns the final state's id.
+
+        ``target`` is a module or a mapping of names to contiguous torch tensors, all on the CPU or all on one CUDA
+        device. The patch's bytes are authenticated before the first write. The base is what a module carries from
+        the last :meth:`apply_`, or ``base_id``; where neither is known the weights are hashed. A failure after the
+        first write, which a wrong ``base_id`` can cause, leaves the weights to be reloaded.
+        """
+        tensors = _in_place(target, self.tensors)
+        known = base_id or getattr(target, _STATE, None)
+        if known is None and self.kind != "standalone":
+            known = state_id(tensors, memory_bytes=memory_bytes, threads=threads)
+        devices = {tensor.device for tensor in tensors.values()}
+        if len(devices) > 1:
+            raise ValueError(f"tensors on several devices: {', '.join(sorted(map(str, devices)))}")
+        if not isinstance(target, Mapping):
+            setattr(target, _STATE, None)
+        seen: set[int] = set()
+        addresses = []
+        for tensor in tensors.values():
+            # Tied weights are one memory under two names: patched once.
+            address = tensor.data_ptr()
+            addresses.append((0 if address in seen else address, tensor.nbytes))
+            seen.add(address)
+        if devices and next(iter(devices)).type == "cuda":
+            made = self._apply_on_device(next(iter(devices)), addresses, known, memory_bytes, threads)
+        else:
+            limits = {"memory_bytes": memory_bytes, "threads": threads}
+            made = self._native.apply_in_place(addresses, base_id=known, **limits)
+        for tensor in tensors.values():
+            _written(tensor)
+        if not isinstance(target, Mapping):
+            setattr(target, _STATE, made)
+        return made
+
+    def _on_device(self, ordinal: int, memory_bytes: int, threads: int) -> _native.TpdeDevicePatch:
+        if ordinal not in self._devices:
+            self._devices[ordinal] = _native.TpdeDevicePatch(self._native, ordinal, memory_bytes, threads)
+        return self._devices[ordinal]
+
+    def _apply_on_device(
+        self, device: Any, addresses: list[tuple[int, int]], known: str | None, memory_bytes: int, threads: int
+    ) -> str:
+        import torch
+
+        places = [(address, address, size) for address, size in addresses]
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream().cuda_stream
+            on_device = self._on_device(_ordinal(device), memory_bytes, threads)
+            return on_device.apply(places, stream, base_id=known)[0]
 
     def apply_to_file(
         self,
@@ -288,6 +395,16 @@ def apply(
 def open(patch: PathType | bytes) -> Patch:
     """Opens a patch."""
     return Patch(patch)
+
+
+def state_id(
+    checkpoint: PathType | StateDict, *, memory_bytes: int = DEFAULT_MEMORY_BYTES, threads: int = 0
+) -> str:
+    """The id of a state: of its tensors' names, types, shapes and bytes, wherever they lie."""
+    source = _Source(checkpoint)
+    if source.native is None:
+        raise ValueError("nothing to hash")
+    return _native.tpde_state_id(source.native, memory_bytes=memory_bytes, threads=threads)
 
 
 def inspect(patch: PathType | bytes | Patch) -> dict[str, Any]:

@@ -176,6 +176,82 @@ def test_errors_are_typed(tmp_path) -> None:
         tpde.pack(None, {"w": np.zeros(3, dtype=np.complex128)})
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+def stepped(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """What a small step in a random direction makes of a model."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, tensor in model.state_dict().items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        made[name] = (tensor.cpu().float() + 1e-4 * noise).to(tensor.dtype)
+    return made
+
+
+def small_model() -> torch.nn.Module:
+    torch.manual_seed(1)
+    layers = [torch.nn.Embedding(500, 96), torch.nn.Linear(96, 700), torch.nn.LayerNorm(700)]
+    model = torch.nn.Sequential(*layers).to(torch.bfloat16)
+    model.register_buffer("wide", torch.randn(333, dtype=torch.float64))
+    return model
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_resident_model_is_patched_step_after_step(device, absolute, tmp_path) -> None:
+    model = small_model()
+    pointers = [parameter.data_ptr() for parameter in model.to(device).parameters()]
+    for seed in range(3):
+        final = stepped(model, seed)
+        tpde.pack(model.state_dict(), final, tmp_path / "p.tpde", absolute=absolute)
+        versions = [parameter._version for parameter in model.parameters()]
+        made = tpde.open(tmp_path / "p.tpde").apply_(model)
+        assert made == tpde.state_id(final)
+        assert all(torch.equal(bits(t.cpu()), bits(final[n])) for n, t in model.state_dict().items())
+        assert all(p._version > v for p, v in zip(model.parameters(), versions, strict=True))
+    assert pointers == [parameter.data_ptr() for parameter in model.parameters()]
+    if not absolute:
+        with pytest.raises(FormatError, match="wrong base"):
+            tpde.open(tmp_path / "p.tpde").apply_(model)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_in_place_nothing_is_written_before_the_patch_is_authenticated(device) -> None:
+    model = small_model().to(device)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    packed = tpde.pack(model.state_dict(), stepped(model, 7))
+    assert packed.data is not None
+    middle = packed.data.index(b"manifest") + 600
+    damaged = packed.data[:middle] + bytes([packed.data[middle] ^ 1]) + packed.data[middle + 1 :]
+    with pytest.raises(FormatError):
+        tpde.open(damaged).apply_(model)
+    assert all(torch.equal(bits(t), bits(before[n])) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_in_place_tied_weights_are_patched_once(device) -> None:
+    base = {"a": torch.randn(3000).to(device)}
+    base["b"] = base["a"]
+    final = {name: tensor + 1e-3 for name, tensor in base.items()}
+    packed = tpde.pack(base, final)
+    tpde.open(packed.data).apply_(base, base_id=packed.base_id)
+    assert torch.equal(base["a"], final["a"])
+
+
+def test_in_place_refuses_what_does_not_fit() -> None:
+    base = {"w": torch.randn(64, 64)}
+    patch = tpde.open(tpde.pack(base, {"w": base["w"] + 1}).data)
+    with pytest.raises(ValueError, match="no tensor 'w'"):
+        patch.apply_({})
+    with pytest.raises(ValueError, match="'w' is"):
+        patch.apply_({"w": base["w"].half()})
+    with pytest.raises(ValueError, match="not contiguous"):
+        patch.apply_({"w": base["w"].t()})
+    with pytest.raises(ValueError, match="not a CUDA device"):
+        patch.to("cpu")
+
+
 def test_progress_ends_at_the_total_and_other_threads_run() -> None:
     base = {f"w{i}": torch.randn(256, 1024) for i in range(8)}
     final = {name: tensor + 1e-5 for name, tensor in base.items()}

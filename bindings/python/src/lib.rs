@@ -1,13 +1,14 @@
 //! The native module of overspill: wraps the crates, maps errors, releases the GIL.
 //!
 //! No algorithms here. Addresses of tensors cross this border as integers together with the Python
-//! object that keeps them alive ([`engine::lease`] and [`tpde`] are the only places that trust one).
+//! object that keeps them alive ([`engine::lease`], [`tpde`] and [`tpde_device`] are the only places that trust one).
 
 mod djinn;
 mod engine;
 mod errors;
 mod storm;
 mod tpde;
+mod tpde_device;
 
 use pyo3::prelude::*;
 
@@ -21,7 +22,9 @@ mod _native {
     #[pymodule_export]
     use crate::storm::Planner;
     #[pymodule_export]
-    use crate::tpde::{TpdePatch, tpde_pack};
+    use crate::tpde::{TpdePatch, tpde_pack, tpde_state_id};
+    #[pymodule_export]
+    use crate::tpde_device::TpdeDevicePatch;
 
     /// Anonymous and all resident bytes of this process; zeros where the system does not say.
     #[pyfunction]

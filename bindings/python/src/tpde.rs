@@ -10,7 +10,7 @@ use std::str::FromStr;
 use overspill_tpde::checkpoint::MemoryTensor;
 use overspill_tpde::{
     Checkpoint, CodecChoice, Dtype, Error, Options, PackOptions, PackReport, Patch, StateId, apply,
-    apply_into, inspect, pack, pack_to_vec, verify,
+    apply_in_place, apply_into, inspect, pack, pack_to_vec, state_id, verify,
 };
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -135,9 +135,29 @@ pub fn tpde_pack(
     done.map(|(report, data)| packed(py, report, data)).map_err(|error| tpde_error(py, &error))
 }
 
+/// A state id from its text.
+pub fn state_of(text: Option<&str>) -> PyResult<Option<StateId>> {
+    text.map(StateId::from_str).transpose().map_err(PyValueError::new_err)
+}
+
+/// The state id of a checkpoint.
+#[pyfunction]
+#[pyo3(signature = (source, *, memory_bytes, threads))]
+pub fn tpde_state_id(
+    py: Python<'_>,
+    source: Source,
+    memory_bytes: usize,
+    threads: usize,
+) -> PyResult<String> {
+    let options = Options { memory_bytes, threads };
+    py.detach(|| state_id(&source.open("checkpoint")?, &options, &|_, _| ()))
+        .map(|id| id.to_string())
+        .map_err(|error| tpde_error(py, &error))
+}
+
 /// An opened patch.
 #[pyclass(frozen, module = "overspill._native")]
-pub struct TpdePatch(Patch<'static>);
+pub struct TpdePatch(pub Patch<'static>);
 
 #[pymethods]
 impl TpdePatch {
@@ -242,11 +262,33 @@ impl TpdePatch {
         progress: Option<Py<PyAny>>,
     ) -> PyResult<String> {
         let options = Options { memory_bytes, threads };
-        let known = base_id.map(StateId::from_str).transpose().map_err(PyValueError::new_err)?;
+        let known = state_of(base_id)?;
         py.detach(|| {
             let base = base.as_ref().map(|base| base.open("base")).transpose()?;
             let outs = outs.iter().map(|&(address, bytes)| out_at(address, bytes)).collect();
             apply_into(&self.0, base.as_ref(), known, outs, &options, &reporter(progress.as_ref()))
+        })
+        .map(|id| id.to_string())
+        .map_err(|error| tpde_error(py, &error))
+    }
+
+    /// Turns tensors, (address, bytes) of each in the order of `tensors()`, into the final ones where they lie; an
+    /// address of 0 leaves one out. They are taken to be in the state `base_id`. Returns the final state's id.
+    #[pyo3(signature = (tensors, *, base_id, memory_bytes, threads))]
+    fn apply_in_place(
+        &self,
+        py: Python<'_>,
+        tensors: Vec<(usize, usize)>,
+        base_id: Option<&str>,
+        memory_bytes: usize,
+        threads: usize,
+    ) -> PyResult<String> {
+        let options = Options { memory_bytes, threads };
+        let known = state_of(base_id)?;
+        py.detach(|| {
+            let out = |(address, bytes)| (address != 0 || bytes == 0).then(|| out_at(address, bytes));
+            let tensors = tensors.into_iter().map(out).collect();
+            apply_in_place(&self.0, known, tensors, &options, &|_, _| ())
         })
         .map(|id| id.to_string())
         .map_err(|error| tpde_error(py, &error))

@@ -81,6 +81,11 @@ pub(crate) fn segment_seed(head: &[u8], spec: &SegmentSpec) -> u64 {
     keyed_sum(&bytes)
 }
 
+/// What a segment's seed adds to the sum that a payload's check is made of.
+pub(crate) fn segment_seed_term(head: &[u8], spec: &SegmentSpec) -> u64 {
+    segment_seed(head, spec).wrapping_mul(D)
+}
+
 /// The check of a payload: the top half of `(keyed sum + chunk * B + seed * D) * C` modulo 2^64.
 pub(crate) fn payload_check(payload: &[u8], chunk: usize, seed: u64) -> u32 {
     let sum =

@@ -84,8 +84,8 @@ pub(crate) struct Segment {
     /// Its tensor, as an index of the manifest's entries.
     pub entry: usize,
     pub spec: SegmentSpec,
-    head_start: usize,
-    index_start: usize,
+    pub head_start: usize,
+    pub index_start: usize,
     /// Start of its payloads in the blob.
     pub blob_start: u64,
     pub blob_bytes: usize,
@@ -233,6 +233,29 @@ impl<'a> Patch<'a> {
             self.path(),
             format!("damaged: content hash {found}, its header says {}", self.hash),
         ))
+    }
+
+    /// The heads section.
+    pub(crate) fn heads(&self) -> &[u8] {
+        &self.heads
+    }
+
+    /// The index section: every chunk's record.
+    pub fn index(&self) -> &[u8] {
+        &self.index
+    }
+
+    /// Bytes of the blob section.
+    pub fn blob_bytes(&self) -> u64 {
+        self.blob_bytes
+    }
+
+    /// A range of the blob section: borrowed where the patch is in memory, else read into `scratch`.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or a range beyond the section.
+    pub fn blob<'b>(&'b self, start: u64, bytes: usize, scratch: &'b mut Vec<u8>) -> Result<&'b [u8]> {
+        self.store.read(self.blob_offset_bytes + start, bytes, scratch)
     }
 
     /// The manifest entry of a segment.

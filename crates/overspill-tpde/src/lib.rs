@@ -6,7 +6,7 @@
 //! | [`checkpoint`] | tensors of safetensors files (one or sharded), GGUF bases, or memory |
 //! | [`state`] | content ids of states |
 //! | [`container`] | the `.tpde` file: a safetensors file of four sections |
-//! | [`pack`], [`apply`], [`verify`], [`inspect`], [`diff`] | the operations |
+//! | [`pack`], [`apply`], [`apply_in_place`], [`verify`], [`inspect`], [`diff`] | the operations |
 //!
 //! The codec itself is `overspill-codec`; this crate owns files, memory bounds, threads and authentication.
 //! Every operation streams by segment and keeps within [`Options::memory_bytes`]. Outputs are written beside
@@ -19,6 +19,7 @@ pub mod container;
 mod diff;
 mod error;
 mod gguf;
+mod in_place;
 mod inspect;
 mod manifest;
 mod output;
@@ -34,6 +35,7 @@ pub use checkpoint::{Checkpoint, Kind, Tensor};
 pub use container::{Patch, PatchType};
 pub use diff::{Change, Diff, TensorDiff, diff};
 pub use error::Error;
+pub use in_place::{SegmentParts, apply_in_place, authenticate, expect_base};
 pub use inspect::{Inspection, TensorReport, inspect, mode_names};
 pub use manifest::{Entry, Manifest};
 pub use overspill_codec::{CodecChoice, Dtype};

@@ -14,5 +14,12 @@ pub struct Source {
 /// Fill, fold, copy, compare and spin.
 pub const MEMORY: Source = Source { name: "memory.cu", text: include_str!("memory.cu"), options: &[] };
 
+/// Decoders of TPDE's chunk modes; `overspill-tpde-cuda` launches them.
+pub const TPDE: Source = Source {
+    name: "tpde.cu",
+    text: concat!(include_str!("tpde.cuh"), include_str!("tpde_sparse.cu"), include_str!("tpde_lanes.cu")),
+    options: &[],
+};
+
 /// Every file, for builds that compile them all.
-pub const ALL: &[Source] = &[MEMORY];
+pub const ALL: &[Source] = &[MEMORY, TPDE];

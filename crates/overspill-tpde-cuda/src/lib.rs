@@ -1,0 +1,16 @@
+#![deny(unsafe_code)]
+//! TPDE patches decoded on a CUDA device, in place or into other memory.
+//!
+//! The host parses and checks heads and records ([`overspill_codec::FlatTables`]); [`plan`] lays them out for the
+//! kernels (`overspill-device/src/kernels/tpde*`), one launch for each mode and word size; [`Decoder`] runs it.
+//! What the kernels do not hold (mode elias-zstd, words of 64 bits, chunks beyond a block's shared memory) comes
+//! back as a list of chunks for the reference decoder. [`DevicePatch`] is a patch in device
+//! memory, whose chunks of that kind it decodes itself. Callers bring addresses.
+
+mod decoder;
+pub mod plan;
+mod resident;
+
+pub use decoder::{Applied, Decoder, Error, Result};
+pub use plan::{Job, LeftChunk, Plan};
+pub use resident::{DevicePatch, Place};

@@ -1,0 +1,180 @@
+//! A patch in device memory, applied to weights that lie there too.
+//!
+//! Its bytes are authenticated on the host on their way up ([`overspill_tpde::authenticate`]); what then goes
+//! wrong is a base that is not the one the patch was made for. Payloads and records stay on the device as they
+//! are in the file, so a patch takes there what it takes on disk.
+#![expect(unsafe_code, reason = "writes to addresses that callers bring")]
+
+use std::sync::Arc;
+
+use overspill_codec::{Base, BaseKind, FlatSegment, FlatTables};
+use overspill_device::cuda::CudaDevice;
+use overspill_device::{Device, DeviceRange, StreamRef};
+use overspill_tpde::Patch;
+
+use crate::decoder::{Applied, Decoder, Error, Result};
+use crate::plan::Job;
+
+/// Payloads are read and sent in pieces of this size.
+const PIECE_BYTES: u64 = 64 << 20;
+
+/// Where a tensor lies on the device: its base and its final words; the same address in place. An `out` of 0 leaves
+/// the tensor out: it is the same memory as another (tied weights).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// First byte of the base; not used by tensors without one.
+    pub base: u64,
+    /// First byte of the final words.
+    pub out: u64,
+    /// Bytes of the final words.
+    pub bytes: u64,
+}
+
+/// A patch's payloads, records and tables on a device.
+pub struct DevicePatch {
+    device: Arc<CudaDevice>,
+    segments: Vec<Part>,
+    tables: FlatTables,
+    blob: DeviceRange,
+    index: DeviceRange,
+}
+
+/// One segment.
+struct Part {
+    flat: FlatSegment,
+    /// Its tensor, as an index of the manifest's entries.
+    entry: usize,
+    blob_start: u64,
+    index_start: usize,
+}
+
+impl DevicePatch {
+    /// Brings an authenticated patch up.
+    ///
+    /// # Errors
+    /// A patch that cannot be read, or a device without room for it.
+    pub fn load(device: &Arc<CudaDevice>, patch: &Patch<'_>) -> Result<Self> {
+        let mut tables = FlatTables::new();
+        let mut segments = Vec::new();
+        for part in patch.segment_parts() {
+            let (mut heads, mut index) = (part.heads, part.index);
+            let flat = tables.take(part.spec, &mut heads, &mut index)?;
+            let index_start = patch.index().len() - part.index.len();
+            segments.push(Part { flat, entry: part.entry, blob_start: part.blob_start, index_start });
+        }
+        // Kernels read whole 32-bit words around a payload's ends.
+        let room = |bytes: u64| device.alloc_device((bytes as usize).next_multiple_of(256).max(256));
+        let (blob, index) = (room(patch.blob_bytes())?, room(patch.index().len() as u64)?);
+        let mut scratch = Vec::new();
+        let mut at = 0;
+        while at < patch.blob_bytes() {
+            let bytes = PIECE_BYTES.min(patch.blob_bytes() - at) as usize;
+            let piece = patch.blob(at, bytes, &mut scratch)?;
+            device.write(&blob.slice(at as usize..at as usize + bytes)?, piece)?;
+            at += bytes as u64;
+        }
+        if !patch.index().is_empty() {
+            device.write(&index.slice(0..patch.index().len())?, patch.index())?;
+        }
+        Ok(DevicePatch { device: Arc::clone(device), segments, tables, blob, index })
+    }
+
+    /// Bytes that it takes on the device.
+    pub fn device_bytes(&self) -> usize {
+        self.blob.bytes() + self.index.bytes()
+    }
+
+    /// Applies it: `places` has one for each entry of the manifest. Waits until it is done. `patch` is the one that
+    /// was loaded; the host decodes from it what the device does not.
+    ///
+    /// # Errors
+    /// Places of other sizes, before the first write; a base that does not fit, after it.
+    ///
+    /// # Safety
+    /// Every place names device memory of its size (the base's: of the base's size) that nothing else uses until
+    /// this returns; no output overlaps another, or a base other than its own at the same address.
+    pub unsafe fn apply(
+        &self,
+        decoder: &Decoder,
+        patch: &Patch<'_>,
+        stream: &StreamRef,
+        places: &[Place],
+    ) -> Result<Applied> {
+        let entries = patch.manifest().entries();
+        let fits = entries.len() == places.len()
+            && entries.iter().zip(places).all(|(entry, place)| entry.tensor.bytes == place.bytes);
+        if !fits || patch.segment_parts().len() != self.segments.len() {
+            return Err(Error::Places { tensors: entries.len(), places: places.len() });
+        }
+        let numbered = self.segments.iter().enumerate().filter(|(_, part)| places[part.entry].out != 0);
+        let (numbers, jobs): (Vec<usize>, Vec<Job<'_>>) =
+            numbered.map(|(number, part)| (number, self.job(part, &places[part.entry]))).unzip();
+        // SAFETY: the caller's promise; blob, index and tables are ours.
+        let applied = unsafe { decoder.apply(stream, &jobs, &self.tables, false) }?;
+        for left in &applied.left {
+            // SAFETY: as above.
+            unsafe { self.finish(patch, numbers[left.job], &jobs[left.job], left.chunk as usize) }?;
+        }
+        for &job in &applied.host {
+            for chunk in 0..jobs[job].segment.chunks.max(1) as usize {
+                // SAFETY: as above.
+                unsafe { self.finish(patch, numbers[job], &jobs[job], chunk) }?;
+            }
+        }
+        Ok(applied)
+    }
+
+    fn job<'s>(&self, part: &'s Part, place: &Place) -> Job<'s> {
+        let (spec, word_bytes) = (&part.flat.spec, part.flat.spec.dtype.word_bytes() as u64);
+        let base_bytes = match spec.base {
+            BaseKind::Quantized(layout) => spec.first_word / 32 * layout.block_bytes() as u64,
+            _ => spec.first_word * word_bytes,
+        };
+        Job {
+            segment: &part.flat,
+            base: place.base + base_bytes,
+            out: place.out + spec.first_word * word_bytes,
+            blob: self.blob.addr() + part.blob_start,
+            index: self.index.addr() + part.index_start as u64,
+        }
+    }
+
+    /// Decodes on the host what the kernels left: base down, words up.
+    unsafe fn finish(&self, patch: &Patch<'_>, number: usize, job: &Job<'_>, chunk: usize) -> Result<()> {
+        let spec = &job.segment.spec;
+        let word_bytes = spec.dtype.word_bytes();
+        let whole = job.segment.chunks == 0;
+        let words = if whole {
+            0..spec.words
+        } else {
+            let start = chunk << job.segment.chunk_log2;
+            start..(start + (1 << job.segment.chunk_log2)).min(spec.words)
+        };
+        let lease = |addr: u64, bytes: usize| {
+            // SAFETY: inside of the memory that the caller of `apply` promises.
+            unsafe { DeviceRange::from_raw(addr, bytes, Arc::new(())) }
+        };
+        let (base_at, base_bytes) = match spec.base {
+            BaseKind::None => (0, 0),
+            BaseKind::Words => (words.start * word_bytes, words.len() * word_bytes),
+            BaseKind::Quantized(layout) => {
+                (words.start / 32 * layout.block_bytes(), words.len() / 32 * layout.block_bytes())
+            }
+        };
+        let old = match base_bytes {
+            0 => Vec::new(),
+            _ => self.device.read(&lease(job.base + base_at as u64, base_bytes))?,
+        };
+        let base = match spec.base {
+            BaseKind::None => Base::None,
+            BaseKind::Words => Base::Words(&old),
+            BaseKind::Quantized(layout) => Base::Quantized(layout, &old),
+        };
+        let mut made = vec![0; words.len() * word_bytes];
+        patch.view_segment(number, |view| match whole {
+            true => view.decode(base, &mut made),
+            false => view.decode_chunk(chunk, base, &mut made),
+        })?;
+        Ok(self.device.write(&lease(job.out + (words.start * word_bytes) as u64, made.len()), &made)?)
+    }
+}

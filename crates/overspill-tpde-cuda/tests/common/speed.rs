@@ -1,0 +1,214 @@
+//! Rates of the decoders on a 7B shape: 400 segments of 2^24 bf16 words, distinct memory, four distinct contents.
+
+use std::time::Instant;
+
+use overspill_codec::*;
+use overspill_device::cuda::CudaDevice;
+use overspill_device::{Device, DeviceRange, EventRef};
+use overspill_tpde_cuda::Job;
+
+use super::Rig;
+use super::common::Case;
+
+const WORDS: usize = 1 << 24;
+const CONTENTS: u64 = 4;
+
+fn normal(rng: &mut fastrand::Rng) -> f32 {
+    let radius = (-2.0 * (1.0 - rng.f32()).ln()).sqrt();
+    radius * (std::f32::consts::TAU * rng.f32()).cos()
+}
+
+fn bf16(value: f32) -> [u8; 2] {
+    let bits = value.to_bits();
+    ((bits + 0x7fff + (bits >> 16 & 1)) >> 16).to_le_bytes()[..2].try_into().expect("two bytes")
+}
+
+/// Random weights N(0, 0.02) under fp32 masters, and a step of `lr` in a random direction.
+fn step(seed: u64, lr: f32, words: usize) -> (Vec<u8>, Vec<u8>) {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let (mut old, mut new) = (Vec::with_capacity(2 * words), Vec::with_capacity(2 * words));
+    for _ in 0..words {
+        let master = 0.02 * normal(&mut rng);
+        let moved = if rng.bool() { master + lr } else { master - lr };
+        old.extend_from_slice(&bf16(master));
+        new.extend_from_slice(&bf16(moved));
+    }
+    (old, new)
+}
+
+fn share_changed(old: &[u8], new: &[u8]) -> f64 {
+    let pairs = old.chunks_exact(2).zip(new.chunks_exact(2));
+    pairs.filter(|(a, b)| a != b).count() as f64 / (old.len() / 2) as f64
+}
+
+/// The step that changes a share of the words.
+fn lr_for(share: f64) -> f32 {
+    let (mut low, mut high) = (1e-8f32, 1.0f32);
+    for _ in 0..20 {
+        let middle = (low * high).sqrt();
+        let (old, new) = step(99, middle, 1 << 18);
+        if share_changed(&old, &new) < share { low = middle } else { high = middle }
+    }
+    low
+}
+
+fn cases(lr: f32, standalone: bool) -> Vec<Case> {
+    let make = |seed| {
+        let (old, new) = step(seed, lr, WORDS);
+        let base = if standalone { Base::None } else { Base::Words(&old) };
+        let options = EncodeOptions { row_words: 4096, ..EncodeOptions::default() };
+        let mut case = Case::encode(String::new(), base, new, Dtype::Bf16, &options);
+        case.base = old;
+        case
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (1..=CONTENTS).map(|seed| scope.spawn(move || make(seed))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("encoded")).collect()
+    })
+}
+
+struct Timed {
+    wall_ms: f64,
+    gpu_ms: f64,
+}
+
+fn median(mut all: Vec<Timed>) -> Timed {
+    all.sort_by(|a, b| a.wall_ms.total_cmp(&b.wall_ms));
+    all.swap_remove(all.len() / 2)
+}
+
+fn timed(rig: &Rig, mut run: impl FnMut()) -> Timed {
+    let start: EventRef = rig.stream.record().expect("event");
+    let begin = Instant::now();
+    run();
+    let wall_ms = begin.elapsed().as_secs_f64() * 1e3;
+    let end = rig.stream.record().expect("event");
+    end.synchronize().expect("done");
+    Timed { wall_ms, gpu_ms: (end.time_us().expect("time") - start.time_us().expect("time")) / 1e3 }
+}
+
+fn place(device: &CudaDevice, bytes: &[u8], copies: usize, each: usize) -> DeviceRange {
+    let range = device.alloc_device(each * copies).expect("memory");
+    for copy in 0..copies {
+        device
+            .write(&range.slice(copy * each..copy * each + bytes.len()).expect("inside"), bytes)
+            .expect("write");
+    }
+    range
+}
+
+pub fn measure(rig: &Rig) {
+    let copies: usize = std::env::var("OVERSPILL_COPIES").map_or(100, |text| text.parse().expect("a number"));
+    let segments = copies * CONTENTS as usize;
+    let raw_bytes = segments * WORDS * 2;
+    let finals = rig.device.alloc_device(raw_bytes).expect("memory");
+    let bases = rig.device.alloc_device(raw_bytes).expect("memory");
+    println!("{segments} segments of 2^24 bf16 words, {:.2} GB raw; random weights", raw_bytes as f64 / 1e9);
+    for (name, lr, standalone) in
+        [("sparse", lr_for(0.024), false), ("dense", lr_for(0.6), false), ("standalone", 1e-6, true)]
+    {
+        let cases = cases(lr, standalone);
+        let mut tables = FlatTables::new();
+        let flats: Vec<FlatSegment> =
+            (0..segments).map(|i| cases[i % cases.len()].flat(&mut tables)).collect();
+        let pitch =
+            cases.iter().map(|case| case.blob.len()).max().expect("cases").next_multiple_of(256) + 1024;
+        let blobs: Vec<DeviceRange> =
+            cases.iter().map(|case| place(&rig.device, &case.blob, copies, pitch)).collect();
+        let indexes: Vec<DeviceRange> = cases
+            .iter()
+            .map(|case| place(&rig.device, &case.index, copies, case.index.len().next_multiple_of(256)))
+            .collect();
+        for i in 0..segments {
+            let range = i * WORDS * 2..(i + 1) * WORDS * 2;
+            rig.device
+                .write(&bases.slice(range).expect("inside"), &cases[i % cases.len()].base)
+                .expect("write");
+        }
+        let changed: f64 = cases.iter().map(|case| share_changed(&case.base, &case.last)).sum();
+        let packed: usize = (0..segments).map(|i| cases[i % cases.len()].blob.len()).sum();
+        println!(
+            "{name}: {:.2}% changed, ratio {:.1}, chunks of 2^{}, {} chunks",
+            100.0 * changed / CONTENTS as f64,
+            raw_bytes as f64 / packed as f64,
+            flats[0].chunk_log2,
+            flats.iter().map(|flat| flat.chunks).sum::<u32>()
+        );
+        for in_place in [false, true] {
+            if in_place && standalone {
+                continue;
+            }
+            let jobs: Vec<Job<'_>> = (0..segments)
+                .map(|i| {
+                    let (content, copy) = (i % cases.len(), i / cases.len());
+                    let at = (i * WORDS * 2) as u64;
+                    let index = indexes[content].addr()
+                        + (copy * cases[content].index.len().next_multiple_of(256)) as u64;
+                    Job {
+                        segment: &flats[i],
+                        base: if in_place { finals.addr() } else { bases.addr() } + at,
+                        out: finals.addr() + at,
+                        blob: blobs[content].addr() + (copy * pitch) as u64,
+                        index,
+                    }
+                })
+                .collect();
+            for check in [false, true] {
+                let mut all = Vec::new();
+                let mut scratch_bytes = 0;
+                for _ in 0..5 {
+                    if in_place {
+                        copy(rig, &finals, &bases);
+                    }
+                    all.push(timed(rig, || {
+                        // SAFETY: all ranges live; outputs do not overlap.
+                        let applied = unsafe { rig.decoder.apply(&rig.stream, &jobs, &tables, check) }
+                            .expect("decodes");
+                        assert!(applied.left.is_empty() && applied.host.is_empty(), "left to the host");
+                        scratch_bytes = applied.scratch_bytes;
+                    }));
+                }
+                all.remove(0);
+                let Timed { wall_ms, gpu_ms } = median(all);
+                println!(
+                    "  in place {in_place}, checked {check}: wall {wall_ms:.2} ms, GPU {gpu_ms:.2} ms, {:.3} TB/s of output, scratch {scratch_bytes} B",
+                    raw_bytes as f64 / gpu_ms / 1e9
+                );
+                for i in [0, segments / 2 + 1, segments - 1] {
+                    let range = i * WORDS * 2..(i + 1) * WORDS * 2;
+                    let made = rig.device.read(&finals.slice(range).expect("inside")).expect("read");
+                    assert!(made == cases[i % cases.len()].last, "segment {i} differs");
+                }
+            }
+        }
+    }
+    let all = (0..5).map(|_| timed(rig, || copy(rig, &finals, &bases))).collect();
+    let Timed { gpu_ms, .. } = median(all);
+    println!(
+        "copy of {:.2} GB: {gpu_ms:.2} ms, {:.3} TB/s read + written",
+        raw_bytes as f64 / 1e9,
+        2.0 * raw_bytes as f64 / gpu_ms / 1e9
+    );
+}
+
+/// A copy on the device, by a segment without chunks.
+fn copy(rig: &Rig, to: &DeviceRange, from: &DeviceRange) {
+    let mut tables = FlatTables::new();
+    let spec = SegmentSpec {
+        dtype: Dtype::U8,
+        words: WORDS,
+        row_words: 0,
+        first_word: 0,
+        base: BaseKind::Words,
+        kind: PatchKind::Relative,
+    };
+    let flat = tables.take(spec, &mut &[0u8][..], &mut &[][..]).expect("an unchanged segment");
+    let jobs: Vec<Job<'_>> = (0..to.bytes() / WORDS)
+        .map(|i| {
+            let at = (i * WORDS) as u64;
+            Job { segment: &flat, base: from.addr() + at, out: to.addr() + at, blob: 0, index: 0 }
+        })
+        .collect();
+    // SAFETY: both ranges live and do not overlap.
+    unsafe { rig.decoder.apply(&rig.stream, &jobs, &tables, false) }.expect("copied");
+}

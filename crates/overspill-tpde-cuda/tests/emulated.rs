@@ -1,0 +1,204 @@
+//! The kernels' source, compiled as C++ and run on the host by `emulate.hpp`, against the reference decoder.
+//!
+//! Needs a C++ compiler; a machine without one leaves the tests out and says so.
+
+mod common;
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use common::{Case, goldens, random};
+use libloading::{Library, Symbol};
+use overspill_codec::{BaseKind, FlatTables};
+use overspill_device::{cuda::Arg, kernels};
+use overspill_tpde_cuda::plan::{Family, Job, Places, Plan, THREADS, sparse_capacity};
+
+type Emulate = unsafe extern "C" fn(*mut std::ffi::c_void, u32, u32, *const u64, u32);
+
+/// The kernels as a library of this machine. One launch at a time.
+static EMULATOR: OnceLock<Option<Mutex<Library>>> = OnceLock::new();
+
+fn compile() -> Option<Mutex<Library>> {
+    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+    let source = folder.join(format!("kernels-{}.cpp", std::process::id()));
+    let library = folder.join(format!("kernels-{}.so", std::process::id()));
+    let shim = concat!(env!("CARGO_MANIFEST_DIR"), "/../overspill-device/src/kernels/emulate.hpp");
+    std::fs::write(&source, format!("#include \"{shim}\"\n{}", kernels::TPDE.text)).expect("written");
+    let made = Command::new("c++")
+        .args([
+            "-std=c++17",
+            "-O2",
+            "-Wall",
+            "-Wno-unused-function",
+            "-Wno-maybe-uninitialized",
+            "-Wno-unknown-pragmas",
+            "-shared",
+            "-fPIC",
+            "-o",
+        ])
+        .args([&library, &source])
+        .status();
+    match made {
+        Err(error) => {
+            eprintln!("left out: no C++ compiler ({error})");
+            return None;
+        }
+        Ok(status) => assert!(status.success(), "the kernels do not compile as C++"),
+    }
+    // SAFETY: compiled from our own source; it has no initialisers.
+    let loaded = unsafe { Library::new(&library) }.expect("loads");
+    let _ = std::fs::remove_file(source).and_then(|()| std::fs::remove_file(library));
+    Some(Mutex::new(loaded))
+}
+
+fn emulator() -> Option<&'static Mutex<Library>> {
+    EMULATOR.get_or_init(compile).as_ref()
+}
+
+fn launch(library: &Library, kernel: &str, blocks: u32, args: &[Arg]) {
+    let args: Vec<u64> = args
+        .iter()
+        .map(|arg| match *arg {
+            Arg::U64(value) => value,
+            Arg::U32(value) => value.into(),
+            Arg::F32(value) => value.to_bits().into(),
+        })
+        .collect();
+    // SAFETY: names and types are those of emulate.hpp and of the kernels.
+    unsafe {
+        let function: Symbol<'_, *mut std::ffi::c_void> = library.get(kernel.as_bytes()).expect("kernel");
+        let emulate: Symbol<'_, Emulate> = library.get(b"emulate").expect("emulate");
+        emulate(*function, blocks, THREADS, args.as_ptr(), args.len() as u32);
+    }
+}
+
+/// Decodes a case: its words, or the kernels' error code. `None` if chunks were left to the host.
+fn decode(
+    library: &Library,
+    case: &Case,
+    in_place: bool,
+    check: bool,
+    capacity_bytes: u32,
+) -> Result<Option<Vec<u8>>, u32> {
+    let mut tables = FlatTables::new();
+    let flat = case.flat(&mut tables);
+    // Sixteen bytes aligned, as device memory is, and off by a word where the seed says so.
+    let mut words = vec![0u128; case.last.len() / 16 + 2];
+    let mut base = vec![0u128; case.base.len() / 16 + 2];
+    let mut index = case.index.clone();
+    index.extend([0; 4]);
+    let index: Vec<u32> = index.as_chunks::<4>().0.iter().map(|&b| u32::from_le_bytes(b)).collect();
+    let mut blob = vec![0xee, 0xee, 0xee];
+    blob.extend_from_slice(&case.blob);
+    blob.extend([0xee; 8]);
+    let shift = if case.label.len().is_multiple_of(2) { 0 } else { case.spec.dtype.word_bytes() };
+    let out_at = words.as_mut_ptr() as u64 + shift as u64;
+    let base_at = base.as_mut_ptr() as u64;
+    let bytes = |at: u64, count: usize| {
+        // SAFETY: inside of the vectors above, which live on; nothing else refers to them meanwhile.
+        unsafe {
+            std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut::<u8>(at as usize), count)
+        }
+    };
+    let _ = (words.as_mut_ptr().expose_provenance(), base.as_mut_ptr().expose_provenance());
+    bytes(base_at, case.base.len()).copy_from_slice(&case.base);
+    let target = bytes(out_at, case.last.len());
+    target.fill(0xcd);
+    let base_at = if in_place {
+        target.copy_from_slice(&case.base);
+        out_at
+    } else {
+        base_at
+    };
+    let job = Job {
+        segment: &flat,
+        base: base_at,
+        out: out_at,
+        blob: blob.as_ptr() as u64 + 3,
+        index: index.as_ptr() as u64,
+    };
+    let plan = Plan::new(&[job], 64 << 10);
+    let (mut status, mut bitmap) = ([0u32; 4], vec![0u32; plan.bitmap_bytes() / 4 + 1]);
+    // The lists hold addresses, so their records are 8-byte aligned.
+    let segments: Vec<u64> =
+        plan.segments.as_chunks::<8>().0.iter().map(|&b| u64::from_le_bytes(b)).collect();
+    let places = Places {
+        segments: segments.as_ptr() as u64,
+        tables: tables.words().as_ptr() as u64,
+        status: status.as_mut_ptr() as u64,
+        bitmap: bitmap.as_mut_ptr() as u64,
+    };
+    for step in &plan.launches {
+        if step.family == Family::Check && !check {
+            continue;
+        }
+        let capacity = sparse_capacity(capacity_bytes, step.word_bytes.max(1));
+        launch(library, &step.kernel, step.blocks, &step.arguments(&places, capacity, 0));
+        if status[0] != 0 {
+            return Err(status[0]);
+        }
+    }
+    for whole in &plan.whole {
+        assert_eq!(whole.job, 0);
+        let from = if case.spec.base == BaseKind::None { 0 } else { base_at };
+        let args = [Arg::U64(out_at), Arg::U64(from), Arg::U64(case.last.len() as u64)];
+        launch(library, "tpde_whole", 2, &args);
+    }
+    if status[2] != 0 || !plan.host.is_empty() {
+        let left: Vec<u8> = bitmap.iter().flat_map(|word| word.to_le_bytes()).collect();
+        assert_eq!(plan.left(&left, &left).len(), status[2] as usize);
+        return Ok(None);
+    }
+    Ok(Some(bytes(out_at, case.last.len()).to_vec()))
+}
+
+fn check(library: &Library, case: &Case) -> bool {
+    let in_place_too = case.spec.base == BaseKind::Words;
+    let mut decoded = false;
+    for in_place in [false, true].into_iter().take(1 + usize::from(in_place_too)) {
+        match decode(library, case, in_place, true, 160 << 10) {
+            Err(code) => panic!("{}: status {code}", case.label),
+            Ok(None) => {}
+            Ok(Some(made)) => {
+                let differ = made.iter().zip(&case.last).position(|(a, b)| a != b);
+                assert_eq!(differ, None, "{}, in place: {in_place}", case.label);
+                decoded = true;
+            }
+        }
+    }
+    decoded
+}
+
+#[test]
+fn goldens_decode() {
+    let Some(emulator) = emulator() else { return };
+    let library = emulator.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut decoded = 0;
+    for case in goldens() {
+        let was = check(&library, &case);
+        assert!(was || case.is_for_the_host(), "{} was left to the host", case.label);
+        decoded += u32::from(was);
+    }
+    assert!(decoded > 25, "{decoded} goldens decoded");
+}
+
+#[test]
+fn random_segments_decode() {
+    let Some(emulator) = emulator() else { return };
+    let library = emulator.lock().unwrap_or_else(PoisonError::into_inner);
+    let count = std::env::var("OVERSPILL_SEGMENTS").map_or(60, |text| text.parse().expect("a number"));
+    let decoded = (0..count).filter(|&seed| check(&library, &random(seed, 60_000))).count();
+    eprintln!("{decoded} of {count} decoded by kernels");
+    assert!(decoded * 10 > count as usize * 7);
+}
+
+#[test]
+fn what_does_not_fit_is_left_untouched() {
+    let Some(emulator) = emulator() else { return };
+    let library = emulator.lock().unwrap_or_else(PoisonError::into_inner);
+    let case =
+        (0..).map(|seed| random(seed, 60_000)).find(|case| case.blob.len() > 4000 && case.blob[0] == 2);
+    let case = case.expect("a sparse one");
+    assert_eq!(decode(&library, &case, false, true, 600), Ok(None));
+}
