@@ -13,12 +13,14 @@ __all__ = [
     "Onboarding",
     "Planner",
     "Slot",
+    "TpdeDevicePatch",
     "TpdePatch",
     "process_memory",
     "resident_peak_bytes",
     "return_freed_tensors",
     "run_cli",
     "tpde_pack",
+    "tpde_state_id",
 ]
 
 __version__: Final[str]
@@ -373,6 +375,36 @@ class Slot:
         """
 
 @final
+class TpdeDevicePatch:
+    """
+    A patch in a CUDA device's memory.
+    """
+    def __new__(
+        cls, /, patch: TpdePatch, ordinal: SupportsIndex, memory_bytes: SupportsIndex, threads: SupportsIndex
+    ) -> TpdeDevicePatch:
+        """
+        Authenticates `patch` and brings it up to device `ordinal`.
+        """
+    def apply(
+        self,
+        /,
+        places: SupportsGetItem[int, tuple[SupportsIndex, SupportsIndex, SupportsIndex]],
+        stream: SupportsIndex,
+        *,
+        base_id: str | None,
+    ) -> tuple[str, int]:
+        """
+        Applies it to tensors, (base, final, bytes) of each in the order of `tensors()`, behind `stream`; a final of
+        0 leaves one out. Waits until it is done; returns the final state's id and the bytes of device memory that
+        it took beside patch and tensors.
+        """
+    @property
+    def device_bytes(self, /) -> int:
+        """
+        Bytes that it takes on the device.
+        """
+
+@final
 class TpdePatch:
     """
     An opened patch.
@@ -395,6 +427,19 @@ class TpdePatch:
     ) -> str:
         """
         Writes the state that it makes to `output`; returns its state id.
+        """
+    def apply_in_place(
+        self,
+        /,
+        tensors: SupportsGetItem[int, tuple[SupportsIndex, SupportsIndex]],
+        *,
+        base_id: str | None,
+        memory_bytes: SupportsIndex,
+        threads: SupportsIndex,
+    ) -> str:
+        """
+        Turns tensors, (address, bytes) of each in the order of `tensors()`, into the final ones where they lie; an
+        address of 0 leaves one out. They are taken to be in the state `base_id`. Returns the final state's id.
         """
     def apply_into(
         self,
@@ -503,4 +548,18 @@ def tpde_pack(
 ) -> tuple[str, str | None, str, int, int, bytes | None]:
     """
     Packs `final_state` against `base` into the file `output`, or into memory.
+    """
+
+def tpde_state_id(
+    source: str
+    | PathLike[str]
+    | SupportsGetItem[
+        int, tuple[str, str, SupportsGetItem[int, SupportsIndex], SupportsIndex, SupportsIndex]
+    ],
+    *,
+    memory_bytes: SupportsIndex,
+    threads: SupportsIndex,
+) -> str:
+    """
+    The state id of a checkpoint.
     """

@@ -158,7 +158,9 @@ def _in_place(target: Any, needed: Mapping[str, TensorInfo]) -> dict[str, Any]:
         tensor = found[name].detach()
         dtype = _TORCH_NAMES.get(info.dtype)
         if str(tensor.dtype) != f"torch.{dtype}" or tuple(tensor.shape) != info.shape:
-            raise ValueError(f"{name!r} is {tensor.dtype} {tuple(tensor.shape)}, not {info.dtype} {info.shape}")
+            raise ValueError(
+                f"{name!r} is {tensor.dtype} {tuple(tensor.shape)}, not {info.dtype} {info.shape}"
+            )
         if not tensor.is_contiguous():
             raise ValueError(f"{name!r} is not contiguous")
         tensors[name] = tensor
@@ -306,7 +308,12 @@ class Patch:
         return self._devices[ordinal]
 
     def _apply_on_device(
-        self, device: Any, addresses: list[tuple[int, int]], known: str | None, memory_bytes: int, threads: int
+        self,
+        device: Any,
+        addresses: list[tuple[int, int]],
+        known: str | None,
+        memory_bytes: int,
+        threads: int,
     ) -> str:
         import torch
 

@@ -176,7 +176,10 @@ def test_errors_are_typed(tmp_path) -> None:
         tpde.pack(None, {"w": np.zeros(3, dtype=np.complex128)})
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+]
 
 
 def stepped(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
