@@ -10,10 +10,15 @@ before it failed; a figure that could not be taken is absent. Figures are median
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,11 +43,12 @@ def build(layers: int) -> Any:
         ).eval()
 
 
-def timed_ms(work: Callable[[], Any]) -> float:
+def timed_ms(work: Callable[[], Any], copies: bool = True) -> float:
+    """Time until the device has done what ``work`` gave it; without ``copies``, until torch's stream has."""
     torch.cuda.synchronize()
     begin = time.perf_counter()
     work()
-    torch.cuda.synchronize()
+    torch.cuda.synchronize() if copies else torch.cuda.current_stream().synchronize()
     return (time.perf_counter() - begin) * 1e3
 
 
@@ -190,9 +196,9 @@ class Bench:
         plain = []
         for i in range(self.repeats + 1):
             session = pool.session("never")
-            plain.append(timed_ms(lambda s=session: s.run(self.ids, logits_to_keep=1)))
-            session.close()
+            plain.append(timed_ms(lambda s=session: s.run(self.ids, logits_to_keep=1), copies=False))
             pool.synchronize()
+            session.close()
             if i == 0:
                 plain.clear()
         self.add(
@@ -203,15 +209,17 @@ class Bench:
         )
         for layer in (self.layers // 4, self.layers // 2, 3 * self.layers // 4):
             times, evicts = [], []
-            for _ in range(self.repeats):
+            for _ in range(self.repeats + 1):
                 session = pool.session("paused")
-                first = timed_ms(lambda s=session, at=layer: s.run(self.ids, [Break(at)], logits_to_keep=1))
+                first = timed_ms(
+                    lambda s=session, at=layer: s.run(self.ids, [Break(at)], logits_to_keep=1), copies=False
+                )
                 evicts.append(timed_ms(lambda s=session: (s.evict(), pool.synchronize())))
-                times.append(first + timed_ms(session.resume))
+                times.append(first + timed_ms(session.resume, copies=False))
                 pool.synchronize()
                 session.close()
-            over = 100 * (median(times) / median(plain) - 1)
-            note = f"run to the pause + resume until the logits are there, {median(times):.1f} over {median(plain):.1f} ms; eviction between them, {median(evicts):.2f} ms, not counted"
+            over = 100 * (median(times[1:]) / median(plain) - 1)
+            note = f"run to the pause + resume until the logits are there, {median(times[1:]):.1f} over {median(plain):.1f} ms; eviction between them, {median(evicts):.2f} ms, not counted"
             self.add(f"resume_overhead_pct.l{layer}", over, "%", note=note)
 
     def part_decode(self) -> None:
@@ -250,13 +258,13 @@ class Bench:
     def part_next_token(self) -> None:
         pool, session = self.pool, self.prefilled("next")
         resident, away, layer = [], [], self.layers // 2
-        for i in range(2 * self.repeats):
+        for i in range(4 * self.repeats):
             outcome = session.run([5], breaks=[Break(layer)])
             assert isinstance(outcome, Paused)
             if i % 2:
                 session.evict()
             pool.synchronize()
-            (away if i % 2 else resident).append(timed_ms(outcome.resume))
+            (away if i % 2 else resident).append(timed_ms(outcome.resume, copies=False))
             pool.synchronize()
         link_ms = self.session_bytes * (self.layers - layer - 1) / self.layers / self.link["in"] / 1e6
         limit_ms = max(link_ms, median(resident))
@@ -300,7 +308,7 @@ class Bench:
                 )
                 cache, session = plain_prefill(), self.prefilled("unarmed")
                 plain, ours = [], []
-                for _ in range(4 * self.repeats):
+                for _ in range(8 * self.repeats):
                     plain.append(
                         timed_ms(lambda: self.model(input_ids=step, past_key_values=cache, logits_to_keep=1))
                     )
@@ -326,53 +334,95 @@ class Bench:
             self.pool._fixed = fixed
 
     def part_bitwise(self) -> None:
-        short = self.ids[:200]
-        same = tried = 0
-        for fixed in (False, True):
-            decoder, self.pool._fixed = self.pool._fixed, self.pool._fixed if fixed else None
-            base = self.pool.session("base")
-            base.run(short)
+        """In a process of its own: deterministic algorithms, which the speed runs do not have."""
+        with tempfile.TemporaryDirectory() as folder:
+            command = [
+                sys.executable,
+                __file__,
+                "--exact",
+                folder,
+                "--layers",
+                str(self.layers),
+                "--tokens",
+                str(self.tokens),
+            ]
+            subprocess.run(command, check=True, env={**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
+            tried = json.loads((Path(folder) / "exact.json").read_text())
+        same = sum(found for found, _ in tried.values())
+        count = sum(of for _, of in tried.values())
+        parts = ", ".join(f"{name} {found}/{of}" for name, (found, of) in tried.items())
+        self.add(
+            "bitwise",
+            float(same == count),
+            "bool",
+            note=f"{same} of {count} torch.equal, deterministic algorithms: {parts}",
+        )
+
+    def exact(self) -> dict[str, tuple[int, int]]:
+        """How many pauses and generations give the logits of never pausing, of how many, by kind."""
+        tried: dict[str, tuple[int, int]] = {}
+
+        def compare(kind: str, found: Any, expected: Any) -> None:
+            same, of = tried.get(kind, (0, 0))
+            assert isinstance(found, Output | Generated), found
+            tried[kind] = (same + torch.equal(found.logits, expected.logits), of + 1)
+
+        decoder, pool = self.pool._fixed, self.pool
+        for kind in ("exact length", "fixed length"):
+            pool._fixed = decoder if kind == "fixed length" else None
+            base = pool.session("base")
+            base.run(self.ids)
             for step in range(2):
                 never = base.fork("never")
                 expected = never.run([5 + step])
-                assert isinstance(expected, Output)
                 never.close()
-                for layer in sorted(
-                    {0, 1, *range(4, self.layers, 5), 10, 20, 30, self.layers - 1} & set(range(self.layers))
-                ):
+                for layer in range(self.layers):
                     paused = base.fork("paused")
                     outcome = paused.run([5 + step], breaks=[Break(layer)])
                     assert isinstance(outcome, Paused)
                     paused.evict()
-                    found = outcome.resume()
-                    assert isinstance(found, Output)
-                    same += torch.equal(found.logits, expected.logits)
-                    tried += 1
+                    compare(kind, outcome.resume(), expected)
                     paused.close()
                 base.run([5 + step])
             base.close()
-            self.pool._fixed = decoder
-        never = self.pool.session("never").generate(self.ids, 12)
-        session = self.pool.session("steps")
-        found = session.generate(
-            self.ids,
-            12,
-            breaks=[
-                Break(layer, step)
-                for step, layer in ((0, 10), (0, 20), (0, 30), (3, 20), (9, 39))
-                if layer < self.layers
-            ],
+        pool._fixed = decoder
+        expected = self._prefill_paused([])
+        for layer in range(0, self.layers, 3):
+            compare("prefill", self._prefill_paused([Break(layer)]), expected)
+        for kind, stops in (
+            ("graphs", []),
+            ("graphs, evicted and paused", [(0, 10), (0, 20), (0, 30), (3, 20), (9, 39)]),
+        ):
+            never = pool.session("never").generate(self.ids, 12)
+            session = pool.session("steps")
+            outcome = session.generate(
+                self.ids, 12, [Break(layer, step) for step, layer in stops if layer < self.layers]
+            )
+            while isinstance(outcome, Paused):
+                session.evict()
+                outcome = session.resume()
+            assert isinstance(outcome, Generated) and isinstance(never, Generated)
+            compare(kind, outcome, never)
+            if outcome.tokens != never.tokens:
+                print(f"{kind}: {outcome.tokens} against {never.tokens}")
+            pool.session("never").close()
+            session.close()
+        plain = self.model(
+            torch.tensor([self.ids], device="cuda"),
+            past_key_values=DynamicCache(config=self.model.config),
+            logits_to_keep=1,
         )
-        while isinstance(found, Paused):
+        compare("prefill, against transformers with DynamicCache", expected, plain)
+        return tried
+
+    def _prefill_paused(self, breaks: list[Break]) -> Any:
+        session = self.pool.session("prefill")
+        outcome = session.run(self.ids, breaks, logits_to_keep=1)
+        while isinstance(outcome, Paused):
             session.evict()
-            found = found.resume()
-        assert isinstance(never, Generated) and isinstance(found, Generated)
-        same += found.tokens == never.tokens and torch.equal(found.logits, never.logits)
-        tried += 1
-        self.pool.session("never").close()
+            outcome = session.resume()
         session.close()
-        note = f"{same} of {tried} pauses and generations, logits torch.equal; exact and fixed length (CUDA graph between pauses)"
-        self.add("bitwise", float(same == tried), "bool", note=note)
+        return outcome
 
 
 def main() -> int:
@@ -381,8 +431,17 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(parts))
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--exact", metavar="FOLDER", help="only compare bits, under deterministic algorithms, into FOLDER"
+    )
     options = parser.parse_args()
+    if options.exact:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        with torch.no_grad():
+            tried = Bench(options.layers, options.tokens, 1).exact()
+        (Path(options.exact) / "exact.json").write_text(json.dumps(tried))
+        return 0
     begin = time.perf_counter()
     bench = Bench(options.layers, options.tokens, options.repeats)
     print(f"model and pool in {time.perf_counter() - begin:.1f} s", flush=True)

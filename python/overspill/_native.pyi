@@ -48,6 +48,7 @@ class DjinnPool:
         spill_limit_bytes: SupportsIndex = 0,
         write_through: bool = True,
         flush_bytes: SupportsIndex = 1048576,
+        lag_tokens: SupportsIndex = 8,
         tail_tokens: SupportsIndex = 64,
         seed: SupportsIndex | None = None,
     ) -> DjinnPool: ...

@@ -46,7 +46,7 @@ impl DjinnPool {
 #[pymethods]
 impl DjinnPool {
     #[new]
-    #[pyo3(signature = (device, address, arena_bytes, owner, *, layers, tokens, token_bytes, host_budget_bytes, slab_bytes, spill_dir=None, spill_limit_bytes=0, write_through=true, flush_bytes=1048576, tail_tokens=64, seed=None))]
+    #[pyo3(signature = (device, address, arena_bytes, owner, *, layers, tokens, token_bytes, host_budget_bytes, slab_bytes, spill_dir=None, spill_limit_bytes=0, write_through=true, flush_bytes=1048576, lag_tokens=8, tail_tokens=64, seed=None))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python constructor")]
     fn new(
         py: Python<'_>,
@@ -63,13 +63,14 @@ impl DjinnPool {
         spill_limit_bytes: u64,
         write_through: bool,
         flush_bytes: usize,
+        lag_tokens: usize,
         tail_tokens: usize,
         seed: Option<u64>,
     ) -> PyResult<Self> {
         let device = open(py, device, seed, None)?;
         let arena = lease(address, arena_bytes, owner);
         let geometry = Geometry { layers, tokens, token_bytes };
-        let config = PoolConfig { geometry, write_through, flush_bytes, tail_tokens };
+        let config = PoolConfig { geometry, write_through, flush_bytes, lag_tokens, tail_tokens };
         let spill = spill_dir.map(|dir| SpillConfig { dir, limit_bytes: spill_limit_bytes, eager: false });
         let shared = Arc::clone(&device);
         let made = py.detach(move || {

@@ -43,6 +43,9 @@ pub struct PoolConfig {
     /// While a forward runs, a layer's tail is copied out at once when it has this many bytes; what
     /// is smaller goes at the end of the forward, all layers together.
     pub flush_bytes: usize,
+    /// At the end of a forward that was not paused, tails of fewer tokens than this wait for the
+    /// next one: a batch of many small copies costs the caller as much as one of a few more bytes.
+    pub lag_tokens: usize,
     /// Tokens for which a tail of a host copy is allocated at least.
     pub tail_tokens: usize,
 }
@@ -174,9 +177,8 @@ impl Pool {
         if tokens > limit_tokens {
             return Err(Error::TooLong { id, tokens, limit_tokens });
         }
-        entry.session.wrote(layer, tokens).map_err(|refusal| Error::Refused { id, refusal })?;
-        let dirty = entry.session.dirty().map_err(|refusal| Error::Refused { id, refusal })?;
-        if write_through && dirty.get(layer).is_some_and(|run| 2 * run.len() * token_bytes >= flush_bytes) {
+        let mark = entry.session.wrote(layer, tokens).map_err(|refusal| Error::Refused { id, refusal })?;
+        if write_through && 2 * (mark.written - mark.clean) * token_bytes >= flush_bytes {
             entry.computed = Some(compute.record()?);
             self.write_through(id, layer..layer + 1)?;
         }
@@ -186,12 +188,14 @@ impl Pool {
     /// Ends the forward of `id`, or stands still after layer `pause` of it. What is dirty is copied
     /// out if host memory has room.
     pub fn park(&mut self, id: u64, pause: Option<usize>, compute: &StreamRef) -> Result<()> {
-        let (layers, write_through) = (self.config.geometry.layers, self.config.write_through);
+        let PoolConfig { write_through, lag_tokens, geometry: Geometry { layers, .. }, .. } = self.config;
         let entry = self.entry(id)?;
         let computed = compute.record()?;
         entry.session.park(pause).map_err(|refusal| Error::Refused { id, refusal })?;
         entry.computed = Some(computed);
-        if write_through { self.write_through(id, 0..layers) } else { Ok(()) }
+        let tail = entry.session.most_dirty();
+        let waits = pause.is_none() && tail < lag_tokens;
+        if write_through && !waits { self.write_through(id, 0..layers) } else { Ok(()) }
     }
 
     /// `id` will be needed `eta_us` from now, on the device's clock; the farthest leaves first.

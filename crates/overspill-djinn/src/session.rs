@@ -132,15 +132,15 @@ impl<S> Session<S> {
         Ok(())
     }
 
-    /// A layer has `tokens` now.
-    pub fn wrote(&mut self, layer: usize, tokens: usize) -> Outcome<()> {
+    /// A layer has `tokens` now; its mark.
+    pub fn wrote(&mut self, layer: usize, tokens: usize) -> Outcome<Mark> {
         let Stage::Running(seated) = &mut self.stage else { return Err(Refusal::NotRunning) };
         let mark = seated.marks.get_mut(layer).ok_or(Refusal::Backwards)?;
         if tokens < mark.written {
             return Err(Refusal::Backwards);
         }
         mark.written = tokens;
-        Ok(())
+        Ok(*mark)
     }
 
     /// Forgets what each layer has beyond `tokens`.
@@ -242,6 +242,13 @@ impl<S> Session<S> {
         Ok(self.seated()?.marks.iter().map(|mark| mark.clean..mark.written).collect())
     }
 
+    /// The most tokens that any layer has on the device alone.
+    #[must_use]
+    pub fn most_dirty(&self) -> usize {
+        let marks = self.seated().map(|seated| seated.marks.as_slice()).unwrap_or_default();
+        marks.iter().map(|mark| mark.written - mark.clean).max().unwrap_or(0)
+    }
+
     fn seated(&self) -> Outcome<&Seated<S>> {
         match &self.stage {
             Stage::Running(seated) | Stage::Parked { place: Place::Seated(seated), .. } => Ok(seated),
@@ -306,7 +313,7 @@ mod tests {
                     0 => session.arrive(step).map(|()| seats_out += 1),
                     1 => session.begin().map(|_| ()),
                     2 => session.park(rng.bool().then_some(layer)),
-                    3 => session.wrote(layer, tokens),
+                    3 => session.wrote(layer, tokens).map(|_| ()),
                     4 | 5 => session.cleaned(layer, tokens),
                     6 => session.host_copy_dropped(),
                     7 => session.rewind(&[tokens; 3]),

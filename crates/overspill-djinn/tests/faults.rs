@@ -10,7 +10,7 @@ use overspill_djinn::{Error, Pool, PoolConfig, Refusal};
 use overspill_engine::{Error as EngineError, Tier, storage::Fault};
 
 const CONFIG: PoolConfig =
-    PoolConfig { geometry: GEOMETRY, write_through: true, flush_bytes: 1, tail_tokens: 4 };
+    PoolConfig { geometry: GEOMETRY, write_through: true, flush_bytes: 1, lag_tokens: 0, tail_tokens: 4 };
 
 fn step(rig: &Rig, pool: &mut Pool, id: u64, token: u64) -> u64 {
     let position = pool.tokens(id).expect("known")[0];

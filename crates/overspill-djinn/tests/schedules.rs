@@ -200,6 +200,7 @@ fn schedule(rig: &Rig, seed: u64, mistake: Mistake) -> Result<usize, String> {
         geometry: GEOMETRY,
         write_through: rng.u8(..4) > 0,
         flush_bytes: if rng.bool() { 1 } else { 1 << 20 },
+        lag_tokens: rng.usize(0..4),
         tail_tokens: rng.usize(1..8),
     };
     let (known, results) = (BTreeMap::new(), Vec::new());

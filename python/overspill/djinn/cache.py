@@ -52,12 +52,14 @@ class SlabLayer(CacheLayerMixin):
             keys[:, :, :length].index_copy_(2, position, key_states)
             values[:, :, :length].index_copy_(2, position, value_states)
             return keys[:, :, :length], values[:, :, :length]
-        start, end = cache.start, cache.start + key_states.shape[-2]
-        keys[:, :, start:end] = key_states
-        values[:, :, start:end] = value_states
-        cache.wrote(self.index, end)
+        count, start = key_states.shape[-2], cache.start
+        # `narrow` costs a third of slicing, and eager decode is as fast as its Python.
+        keys.narrow(2, start, count).copy_(key_states)
+        values.narrow(2, start, count).copy_(value_states)
+        cache.wrote(self.index, start + count)
         first = self._first(start)
-        return keys[:, :, first:end], values[:, :, first:end]
+        seen = start + count - first
+        return keys.narrow(2, first, seen), values.narrow(2, first, seen)
 
     def _first(self, start: int) -> int:
         """The first token that a forward from ``start`` on sees, as ``DynamicSlidingWindowLayer`` has it."""
@@ -93,7 +95,31 @@ class SessionCache(Cache):
         self.fixed: tuple[torch.Tensor, int] | None = None
         self.slab_views: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.pending = False
+        self.slab = -1
+        # Per layer, the token up to which the slab holds nothing of anybody else's.
+        self.cleared = [0] * len(windows)
         self.last_end = 0
+
+    def entered(self, slab: int, views: list[tuple[torch.Tensor, torch.Tensor]], pending: bool) -> None:
+        """A forward begins on ``slab``, some layers of which may have to be waited for."""
+        if slab != self.slab or pending:
+            self.forget()
+        self.slab, self.slab_views, self.pending = slab, views, pending
+
+    def forget(self) -> None:
+        """Anything may lie behind the tokens of the slab."""
+        self.cleared = [0] * len(self.cleared)
+
+    def clear(self, layer: int, length: int) -> None:
+        """Zeroes what lies behind the tokens of a layer, up to ``length``. The token that is being written
+        next is left alone: after a pause layers have it already.
+        """
+        first = max(self.start + 1, self.cleared[layer])
+        if first < length:
+            assert self.slab_views is not None
+            for part in self.slab_views[layer]:
+                part[:, :, first:length].zero_()
+            self.cleared[layer] = length
 
     def views(self, layer: int, key_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values of a layer's slab, behind what still happens to it."""
@@ -106,6 +132,8 @@ class SessionCache(Cache):
         assert self.slab_views is not None
         if self.pending:
             self.session.pool._native.touch(self.session._key, layer, self.session.pool._stream())
+        if self.fixed is not None:
+            self.clear(layer, self.fixed[1])
         return self.slab_views[layer]
 
     def wrote(self, layer: int, end: int) -> None:

@@ -1,8 +1,9 @@
 """Decode steps at fixed length: the same shapes and addresses every step, so that a CUDA graph can hold them.
 
 A step sees the slab up to a bucket of tokens, masked beyond its position; the position and the token are
-on the device. What lies beyond the position is zeroed once: masked it weighs nothing, unless it is NaN.
-Paused and steered steps run the same kernels eagerly. Without a GPU all steps do.
+on the device. What lies beyond the position is zeroed once a session has come to a slab: masked it weighs
+nothing, unless it is NaN.
+Paused and steered steps run the same kernels eagerly. Without a GPU, or with eager attention, all steps do.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ class FixedDecoder:
         self.ids = torch.zeros(1, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        # Eager attention makes its mask from a tensor of the CPU's, which a graph cannot hold.
+        graphs = device.type == "cuda" and pool.model.config._attn_implementation == "sdpa"
+        self._memory = torch.cuda.graph_pool_handle() if graphs else None
 
     def length(self, tokens: int) -> int:
         """The bucket for a session of ``tokens``, the step's own included."""
         return min(-(-tokens // BUCKET_TOKENS) * BUCKET_TOKENS, self.pool.session_tokens)
 
     @contextmanager
-    def step(self, session: Session, slab: int) -> Iterator[None]:
+    def step(self, session: Session) -> Iterator[None]:
         """Within it, a forward of one token runs at fixed length."""
         cache = session.cache
         length = self.length(cache.start + 1)
-        # The step writes its own token; layers before a pause have written it already.
-        self._clear(slab, cache.start + 1, length)
         self.position.fill_(cache.start)
         cache.fixed = (self.position, length)
         try:
@@ -65,7 +66,9 @@ class FixedDecoder:
             length = self.length(start + done + 1)
             until = min(count, length - start)
             session.cache.start = start + done
-            with self.step(session, slab):
+            for layer in range(len(session.cache.layers)):
+                session.cache.clear(layer, length)
+            with self.step(session):
                 while done < until:
                     logits = self._run(session, slab, length)
                     following = logits[0, -1].argmax()
@@ -105,10 +108,3 @@ class FixedDecoder:
     def _call(self, session: Session) -> torch.Tensor:
         with torch.no_grad():
             return self.pool._call(session.cache, self.ids, 1)
-
-    def _clear(self, slab: int, start: int, end: int) -> None:
-        """Zeroes tokens ``start..end`` of every layer of a slab."""
-        pool = self.pool
-        first, token_bytes = slab * pool._slab_bytes, pool.shape.token_bytes
-        runs = pool._arena[first : first + pool._slab_bytes].view(-1, pool._native.run_bytes)
-        runs[:, start * token_bytes : end * token_bytes].zero_()

@@ -207,9 +207,9 @@ class Session:
         hidden = self._hidden_to_resume(turn)
         stops = {one.layer for one in turn.breaks if one.step == turn.step and one.layer > turn.layer}
         pool._settle()
-        slab = self._enter(len(turn.ids))
+        self._enter(len(turn.ids))
         try:
-            with torch.no_grad(), self._fixed_step(slab, len(turn.ids)):
+            with torch.no_grad(), self._fixed_step(len(turn.ids)):
                 ids = torch.tensor([turn.ids], device=pool.shape.device)
                 if turn.layer < 0 and not stops and not self.steering.interventions:
                     logits = pool._call(self.cache, ids, turn.keep)
@@ -227,11 +227,11 @@ class Session:
         self._leave(length, None)
         return logits
 
-    def _fixed_step(self, slab: int, count: int) -> contextlib.AbstractContextManager[None]:
+    def _fixed_step(self, count: int) -> contextlib.AbstractContextManager[None]:
         decoder = self.pool._fixed
         if decoder is None or count != 1 or self.cache.start == 0:
             return contextlib.nullcontext()
-        return decoder.step(self, slab)
+        return decoder.step(self)
 
     def _burst(self, turn: Turn) -> torch.Tensor | None:
         """As many steps at fixed length as come before the next breakpoint; the logits of the last."""
@@ -283,9 +283,8 @@ class Session:
     # ---- the pool's side of a forward ------------------------------------------------------------
 
     def _enter(self, count: int) -> int:
-        native, cache = self.pool._native, self.cache
-        slab, _, cache.pending = native.begin(self._key)
-        cache.slab_views = self.pool._slab_views(slab)
+        slab, _, pending = self.pool._native.begin(self._key)
+        self.cache.entered(slab, self.pool._slab_views(slab), pending)
         self._large = self.pool._is_large(count)
         self._running = True
         self.pool._follow()
@@ -311,6 +310,7 @@ class Session:
         native.park(self._key, pause, stream)
 
     def _abandon(self) -> None:
+        self.cache.forget()
         self._running, self._outside, self.cache.slab_views = False, False, None
         self.pool._native.abandon(self._key, self.pool._stream())
 
