@@ -294,11 +294,6 @@ impl Pool {
         self.sessions.get(&id).map(|entry| entry.session.residency()).ok_or(Error::Unknown { id })
     }
 
-    /// The state machine of `id`.
-    pub fn session(&self, id: u64) -> Result<&Session<Seat>> {
-        self.sessions.get(&id).map(|entry| &entry.session).ok_or(Error::Unknown { id })
-    }
-
     /// Bytes of the host copy of `id`, in host memory and on disk.
     pub fn copy_bytes(&self, id: u64) -> Result<(usize, usize)> {
         let entry = self.sessions.get(&id).ok_or(Error::Unknown { id })?;

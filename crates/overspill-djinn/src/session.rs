@@ -39,8 +39,6 @@ pub enum Refusal {
     Dirty,
     /// A layer would shrink, or have more clean tokens than tokens.
     Backwards,
-    /// It stands within a forward, which has to be resumed first.
-    Paused,
 }
 
 impl fmt::Display for Refusal {
@@ -52,7 +50,6 @@ impl fmt::Display for Refusal {
             Self::Resident => "is on the device",
             Self::Dirty => "has tokens that are on the device alone",
             Self::Backwards => "cannot have fewer tokens than it had",
-            Self::Paused => "is paused within a forward: resume it first",
         })
     }
 }

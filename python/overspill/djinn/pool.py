@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -238,6 +240,14 @@ class SessionPool:
     def _due(self, eta_ms: float) -> None:
         """Looks for sessions to bring back shortly before ``eta_ms`` from now."""
         lead_s = 2 * self._slab_bytes * LEAD_S_PER_BYTE
-        timer = threading.Timer(max(eta_ms / 1e3 - lead_s, 0.0), self.tick)
+        timer = threading.Timer(max(eta_ms / 1e3 - lead_s, 0.0), _tick, [weakref.ref(self)])
         timer.daemon = True
         timer.start()
+
+
+def _tick(reference: weakref.ref[SessionPool]) -> None:
+    """Brings back what is due. Without room it stays where it is: its next forward makes room, or says why not."""
+    pool = reference()
+    if pool is not None:
+        with contextlib.suppress(BudgetError):
+            pool.tick()
