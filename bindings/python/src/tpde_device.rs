@@ -6,13 +6,13 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use overspill_codec_cuda::{Decoder, DevicePatch, Error, Place};
 use overspill_device::{
     Device,
     cuda::{CudaConfig, CudaDevice},
     nvrtc::Nvrtc,
 };
 use overspill_tpde::{Options, authenticate, expect_base};
-use overspill_tpde_cuda::{Decoder, DevicePatch, Error, Place};
 use pyo3::prelude::*;
 
 use crate::errors::{device_error, raise, tpde_error};

@@ -14,9 +14,6 @@ use crate::{
     nvrtc::{Nvrtc, cache::KernelCache},
 };
 
-/// A block gets more shared memory than this only if the kernel says so beforehand.
-const UNASKED_SHARED_BYTES: u32 = 48 << 10;
-
 /// Machine code on a device, unloaded when it and all its kernels are dropped.
 #[derive(Clone)]
 pub struct Module(Arc<Loaded>);
@@ -128,7 +125,8 @@ impl Kernel {
             });
         };
         let _entered = self.module.0.context.enter()?;
-        if shape.shared_bytes > UNASKED_SHARED_BYTES {
+        // A block gets more than 48 KiB of static and dynamic shared memory together only if it is asked for.
+        if shape.shared_bytes > 0 {
             let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             let bytes = i32::try_from(shape.shared_bytes).unwrap_or(i32::MAX);
             // SAFETY: the function lives with its module.

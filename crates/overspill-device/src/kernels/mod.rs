@@ -14,12 +14,15 @@ pub struct Source {
 /// Fill, fold, copy, compare and spin.
 pub const MEMORY: Source = Source { name: "memory.cu", text: include_str!("memory.cu"), options: &[] };
 
-/// Decoders of TPDE's chunk modes; `overspill-tpde-cuda` launches them.
+/// Decoders of TPDE's chunk modes; `overspill-codec-cuda` launches them.
 pub const TPDE: Source = Source {
     name: "tpde.cu",
     text: concat!(include_str!("tpde.cuh"), include_str!("tpde_sparse.cu"), include_str!("tpde_lanes.cu")),
     options: &[],
 };
 
+/// The link codec of 16-bit activations; `overspill-codec-cuda` launches it.
+pub const LINK: Source = Source { name: "link.cu", text: include_str!("link.cu"), options: &[] };
+
 /// Every file, for builds that compile them all.
-pub const ALL: &[Source] = &[MEMORY, TPDE];
+pub const ALL: &[Source] = &[MEMORY, TPDE, LINK];

@@ -16,7 +16,7 @@ extern __shared__ uint4 dynamic_shared[];
 #define BLOCK_THREADS 256u
 #define WARPS (BLOCK_THREADS / 32)
 
-// One segment, as `overspill-tpde-gpu` lays it out: 96 bytes, no padding.
+// One segment, as `overspill-codec-cuda` lays it out: 96 bytes, no padding.
 struct Segment {
     u64 base;   // first word (or quantized block) of the base
     u64 out;    // first final word

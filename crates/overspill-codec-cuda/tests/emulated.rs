@@ -10,21 +10,22 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use common::{Case, goldens, random};
 use libloading::{Library, Symbol};
-use overspill_codec::{BaseKind, FlatTables};
+use overspill_codec::{BaseKind, FlatTables, LINK_CHUNK_WORDS, LinkFormat, link_encode};
+use overspill_codec_cuda::plan::{Family, Job, Places, Plan, THREADS, sparse_capacity};
 use overspill_device::{cuda::Arg, kernels};
-use overspill_tpde_cuda::plan::{Family, Job, Places, Plan, THREADS, sparse_capacity};
 
 type Emulate = unsafe extern "C" fn(*mut std::ffi::c_void, u32, u32, *const u64, u32);
 
 /// The kernels as a library of this machine. One launch at a time.
 static EMULATOR: OnceLock<Option<Mutex<Library>>> = OnceLock::new();
+static LINK_EMULATOR: OnceLock<Option<Mutex<Library>>> = OnceLock::new();
 
-fn compile() -> Option<Mutex<Library>> {
+fn compile(kernels: &kernels::Source) -> Option<Mutex<Library>> {
     let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
-    let source = folder.join(format!("kernels-{}.cpp", std::process::id()));
-    let library = folder.join(format!("kernels-{}.so", std::process::id()));
+    let source = folder.join(format!("{}-{}.cpp", kernels.name, std::process::id()));
+    let library = folder.join(format!("{}-{}.so", kernels.name, std::process::id()));
     let shim = concat!(env!("CARGO_MANIFEST_DIR"), "/../overspill-device/src/kernels/emulate.hpp");
-    std::fs::write(&source, format!("#include \"{shim}\"\n{}", kernels::TPDE.text)).expect("written");
+    std::fs::write(&source, format!("#include \"{shim}\"\n{}", kernels.text)).expect("written");
     let made = Command::new("c++")
         .args([
             "-std=c++17",
@@ -53,7 +54,11 @@ fn compile() -> Option<Mutex<Library>> {
 }
 
 fn emulator() -> Option<&'static Mutex<Library>> {
-    EMULATOR.get_or_init(compile).as_ref()
+    EMULATOR.get_or_init(|| compile(&kernels::TPDE)).as_ref()
+}
+
+fn link_emulator() -> Option<&'static Mutex<Library>> {
+    LINK_EMULATOR.get_or_init(|| compile(&kernels::LINK)).as_ref()
 }
 
 fn launch(library: &Library, kernel: &str, blocks: u32, args: &[Arg]) {
@@ -201,4 +206,79 @@ fn what_does_not_fit_is_left_untouched() {
         (0..).map(|seed| random(seed, 60_000)).find(|case| case.blob.len() > 4000 && case.blob[0] == 2);
     let case = case.expect("a sparse one");
     assert_eq!(decode(&library, &case, false, true, 600), Ok(None));
+}
+
+/// Packs and unpacks with the kernels; the payload must be the reference's, as blocks run in order here.
+fn check_link(library: &Library, format: LinkFormat, bytes: &[u8]) {
+    let name = if format == LinkFormat::Bf16 { "bf16" } else { "f16" };
+    let count = bytes.len() / 2;
+    let chunks = count.div_ceil(LINK_CHUNK_WORDS);
+    // 16-byte aligned, as device memory is.
+    let mut words = vec![0u128; bytes.len() / 16 + 2];
+    let mut payload = vec![0u128; format.payload_bound_bytes(count) / 16 + 1];
+    let (mut records, mut units, mut status) = (vec![[0u32; 2]; chunks], 0u32, 0u32);
+    let words_at = words.as_mut_ptr().expose_provenance();
+    let view = |count: usize| {
+        // SAFETY: inside of `words`, which lives on; only one view is used at a time.
+        unsafe {
+            std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut::<u8>(words_at), count)
+        }
+    };
+    view(bytes.len()).copy_from_slice(bytes);
+    let payload_at = payload.as_mut_ptr() as u64;
+    let [words_arg, count_arg, payload_arg] = [words_at as u64, count as u64, payload_at].map(Arg::U64);
+    let (records_arg, units_arg) = (Arg::U64(records.as_mut_ptr() as u64), Arg::U64(&raw mut units as u64));
+    let args = [words_arg, count_arg, payload_arg, records_arg, units_arg];
+    launch(library, &format!("link_encode_{name}"), chunks as u32, &args);
+    let expected = link_encode(format, bytes).expect("packs");
+    let made: Vec<u8> =
+        payload.iter().flat_map(|unit| unit.to_le_bytes()).take(units as usize * 16).collect();
+    assert_eq!(records, expected.records);
+    assert!(made == expected.payload, "another payload");
+    view(bytes.len() + 2).fill(0xee);
+    let args = [
+        words_arg,
+        count_arg,
+        payload_arg,
+        Arg::U64(u64::from(units) * 16),
+        records_arg,
+        Arg::U64(&raw mut status as u64),
+    ];
+    launch(library, &format!("link_decode_{name}"), chunks as u32, &args);
+    assert_eq!(status, 0);
+    assert!(view(bytes.len()) == bytes, "words differ");
+    assert_eq!(view(bytes.len() + 2)[bytes.len()..], [0xee; 2]);
+    // A record that points beyond the payload is reported, and nothing of its chunk written.
+    if let Some(record) = records.first_mut() {
+        record[0] = units + 1;
+        view(bytes.len()).fill(0xee);
+        launch(library, &format!("link_decode_{name}"), 1, &args);
+        assert_eq!((status, view(1)[0]), (1, 0xee));
+    }
+}
+
+#[test]
+fn the_link_codec_packs_what_the_reference_packs() {
+    let Some(emulator) = link_emulator() else { return };
+    let library = emulator.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut rng = fastrand::Rng::with_seed(3);
+    for format in [LinkFormat::Bf16, LinkFormat::F16] {
+        for (count, spread) in
+            [(1usize, 1u32), (9, 3), (8191, 8), (8192, 3), (20_001, 30), (30_000, 9), (9000, 200)]
+        {
+            let zeros = rng.bool();
+            let shift = if format == LinkFormat::Bf16 { 7 } else { 10 };
+            let word = |rng: &mut fastrand::Rng| {
+                let below = (0..spread).take_while(|_| rng.bool()).count() as u16;
+                let top = if format == LinkFormat::Bf16 { 120 } else { 20 };
+                let made = rng.u16(..) & !(if shift == 7 { 0x7f80 } else { 0x7c00 })
+                    | (top - below.min(top)) << shift;
+                if zeros && rng.u8(..4) == 0 { 0 } else { made }
+            };
+            let bytes: Vec<u8> = (0..count).flat_map(|_| word(&mut rng).to_le_bytes()).collect();
+            check_link(&library, format, &bytes);
+        }
+        let noise: Vec<u8> = (0..40_002).map(|_| rng.u8(..)).collect();
+        check_link(&library, format, &noise);
+    }
 }

@@ -1,4 +1,5 @@
-//! The decoders on a GPU: goldens and random segments against the reference; `bench` among the arguments measures.
+//! The codecs on a GPU: goldens and random segments against the reference. `bench` among the arguments measures the
+//! decoders instead, `link` checks and measures the link codec.
 //!
 //! A machine without a GPU leaves all of it out and says so; with `OVERSPILL_REQUIRE_GPU=1` that is a failure.
 //! `OVERSPILL_SEGMENTS` is the number of random segments (2,000).
@@ -12,10 +13,10 @@ use std::sync::Arc;
 
 use common::{Case, goldens, random};
 use overspill_codec::{BaseKind, FlatSegment, FlatTables};
+use overspill_codec_cuda::{Decoder, Job, LinkCodec};
 use overspill_device::cuda::{CudaConfig, CudaDevice};
 use overspill_device::nvrtc::Nvrtc;
 use overspill_device::{Device, DeviceRange, StreamRef};
-use overspill_tpde_cuda::{Decoder, Job};
 
 struct Rig {
     device: Arc<CudaDevice>,
@@ -124,7 +125,12 @@ fn main() -> ExitCode {
     };
     let decoder = Decoder::new(&device, &nvrtc).expect("kernels");
     let stream = device.new_stream("decode").expect("stream");
+    let link = LinkCodec::new(&device, &nvrtc).expect("kernels");
     let rig = Rig { device, stream, decoder };
+    if args.iter().any(|arg| arg == "link") {
+        speed::link(&rig, &link);
+        return ExitCode::SUCCESS;
+    }
     if args.iter().any(|arg| arg == "bench") {
         speed::measure(&rig);
         return ExitCode::SUCCESS;

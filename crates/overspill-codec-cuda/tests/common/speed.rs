@@ -3,9 +3,9 @@
 use std::time::Instant;
 
 use overspill_codec::*;
+use overspill_codec_cuda::{Job, LinkCodec, LinkPlaces};
 use overspill_device::cuda::CudaDevice;
 use overspill_device::{Device, DeviceRange, EventRef};
-use overspill_tpde_cuda::Job;
 
 use super::Rig;
 use super::common::Case;
@@ -211,4 +211,116 @@ fn copy(rig: &Rig, to: &DeviceRange, from: &DeviceRange) {
         .collect();
     // SAFETY: both ranges live and do not overlap.
     unsafe { rig.decoder.apply(&rig.stream, &jobs, &tables, false) }.expect("copied");
+}
+
+/// The link codec: words that come back, and its rates on `words` bf16 words of N(0, 1), whose exponents have about
+/// the entropy of activations.
+pub fn link(rig: &Rig, codec: &LinkCodec) {
+    let mut rng = fastrand::Rng::with_seed(8);
+    for format in [LinkFormat::Bf16, LinkFormat::F16] {
+        for count in [1usize, 5, 8191, 8192, 100_000, 3_000_001] {
+            let bytes: Vec<u8> = (0..count).flat_map(|_| bf16(normal(&mut rng))).collect();
+            let packed = pack(rig, codec, format, &bytes);
+            let mut back = vec![0; bytes.len()];
+            link_decode(format, &packed, &mut back).expect("the reference unpacks it");
+            assert!(back == bytes, "{format:?}, {count} words: the reference finds other words");
+        }
+    }
+    println!("link codec: packed on the GPU, unpacked on it and by the reference, bit for bit");
+    let count: usize = 1 << 30;
+    let bytes: Vec<u8> = (0..count >> 5).flat_map(|_| bf16(normal(&mut rng))).collect();
+    let words = place(&rig.device, &bytes, 32, bytes.len());
+    let back = rig.device.alloc_device(words.bytes()).expect("memory");
+    let payload = rig.device.alloc_device(LinkFormat::Bf16.payload_bound_bytes(count)).expect("memory");
+    let records = rig.device.alloc_device(count / LINK_CHUNK_WORDS * 8).expect("memory");
+    let counter = rig.device.alloc_device(256).expect("memory");
+    let places = LinkPlaces { payload: payload.addr(), records: records.addr(), counter: counter.addr() };
+    let mut units = 0;
+    let mut rates = Vec::new();
+    for decodes in [false, true] {
+        let mut all: Vec<Timed> = (0..6)
+            .map(|_| {
+                rig.device.write(&counter, &[0; 256]).expect("write");
+                let time = timed(rig, || {
+                    // SAFETY: all ranges live until the end of this function, and `timed` waits.
+                    unsafe {
+                        match decodes {
+                            false => codec.encode(
+                                &rig.stream,
+                                LinkFormat::Bf16,
+                                words.addr(),
+                                count as u64,
+                                &places,
+                            ),
+                            true => codec.decode(
+                                &rig.stream,
+                                LinkFormat::Bf16,
+                                back.addr(),
+                                count as u64,
+                                &places,
+                                units * 16,
+                            ),
+                        }
+                    }
+                    .expect("launched");
+                });
+                let read = rig.device.read(&counter).expect("read");
+                let value = u64::from(u32::from_le_bytes([read[0], read[1], read[2], read[3]]));
+                if decodes {
+                    assert_eq!(value, 0, "a bad record")
+                } else {
+                    units = value
+                }
+                time
+            })
+            .collect();
+        all.remove(0);
+        rates.push((2 * count) as f64 / median(all).gpu_ms / 1e9);
+    }
+    for at in [0, words.bytes() / 2, words.bytes() - (1 << 20)] {
+        let [left, right] = [&words, &back]
+            .map(|range| rig.device.read(&range.slice(at..at + (1 << 20)).expect("inside")).expect("read"));
+        assert!(left == right, "words differ");
+    }
+    let packed_bytes = units * 16 + records.bytes() as u64;
+    println!(
+        "link codec, 2^30 bf16 words N(0, 1): encode {:.3} TB/s, decode {:.3} TB/s of raw words, {:.2} bits a word, ratio {:.3}",
+        rates[0],
+        rates[1],
+        packed_bytes as f64 * 8.0 / count as f64,
+        (2 * count) as f64 / packed_bytes as f64
+    );
+    let both = (0..5).map(|_| timed(rig, || copy(rig, &back, &words))).collect();
+    println!(
+        "copy in the same run: {:.3} TB/s read + written",
+        2.0 * words.bytes() as f64 / median(both).gpu_ms / 1e9
+    );
+}
+
+/// Packs on the device, checks that the device unpacks it too, and brings it here.
+fn pack(rig: &Rig, codec: &LinkCodec, format: LinkFormat, bytes: &[u8]) -> LinkPacked {
+    let count = (bytes.len() / 2) as u64;
+    let chunks = bytes.len().div_ceil(2 * LINK_CHUNK_WORDS);
+    let (words, back) = (rig.upload(bytes), rig.upload(&vec![0xcd; bytes.len()]));
+    let payload = rig.device.alloc_device(format.payload_bound_bytes(bytes.len() / 2)).expect("memory");
+    let (records, counter) = (rig.upload(&vec![0; chunks * 8]), rig.upload(&[0; 256]));
+    let places = LinkPlaces { payload: payload.addr(), records: records.addr(), counter: counter.addr() };
+    // SAFETY: all ranges live until the end of this function, which waits.
+    unsafe { codec.encode(&rig.stream, format, words.addr(), count, &places) }.expect("launched");
+    rig.stream.synchronize().expect("packed");
+    let units =
+        u32::from_le_bytes(rig.device.read(&counter).expect("read")[..4].try_into().expect("4 bytes"));
+    rig.device.write(&counter, &vec![0; counter.bytes()]).expect("write");
+    let payload_bytes = u64::from(units) * 16;
+    // SAFETY: as above.
+    unsafe { codec.decode(&rig.stream, format, back.addr(), count, &places, payload_bytes) }
+        .expect("launched");
+    rig.stream.synchronize().expect("unpacked");
+    assert!(rig.device.read(&back).expect("read")[..bytes.len()] == *bytes, "{format:?}: words differ");
+    let read = rig.device.read(&records).expect("read");
+    let word = |at: usize| u32::from_le_bytes(read[at..at + 4].try_into().expect("4 bytes"));
+    LinkPacked {
+        payload: rig.device.read(&payload).expect("read")[..payload_bytes as usize].to_vec(),
+        records: (0..chunks).map(|chunk| [word(8 * chunk), word(8 * chunk + 4)]).collect(),
+    }
 }

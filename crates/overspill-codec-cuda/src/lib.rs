@@ -1,5 +1,5 @@
 #![deny(unsafe_code)]
-//! TPDE patches decoded on a CUDA device, in place or into other memory.
+//! Codecs on a CUDA device: TPDE patches, in place or into other memory, and the link codec ([`LinkCodec`]).
 //!
 //! The host parses and checks heads and records ([`overspill_codec::FlatTables`]); [`plan`] lays them out for the
 //! kernels (`overspill-device/src/kernels/tpde*`), one launch for each mode and word size; [`Decoder`] runs it.
@@ -8,9 +8,11 @@
 //! memory, whose chunks of that kind it decodes itself. Callers bring addresses.
 
 mod decoder;
+mod link;
 pub mod plan;
 mod resident;
 
 pub use decoder::{Applied, Decoder, Error, Result};
+pub use link::{LinkCodec, LinkPlaces};
 pub use plan::{Job, LeftChunk, Plan};
 pub use resident::{DevicePatch, Place};
