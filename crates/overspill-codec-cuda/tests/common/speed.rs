@@ -67,6 +67,11 @@ fn cases(lr: f32, standalone: bool) -> Vec<Case> {
     })
 }
 
+/// One measured row for bench/tpde_gpu.py.
+fn row(id: &str, value: f64, unit: &str, note: &str) {
+    println!("ROW\t{id}\t{value}\t{unit}\t{note}");
+}
+
 struct Timed {
     wall_ms: f64,
     gpu_ms: f64,
@@ -174,6 +179,34 @@ pub fn measure(rig: &Rig) {
                     "  in place {in_place}, checked {check}: wall {wall_ms:.2} ms, GPU {gpu_ms:.2} ms, {:.3} TB/s of output, scratch {scratch_bytes} B",
                     raw_bytes as f64 / gpu_ms / 1e9
                 );
+                let rate = raw_bytes as f64 / gpu_ms / 1e9;
+                let what = format!(
+                    "{:.2} GB of bf16 in 400 segments, random weights N(0, 0.02), {:.2}% changed, ratio {:.1}, \
+                     patch in VRAM, median of 4",
+                    raw_bytes as f64 / 1e9,
+                    100.0 * changed / CONTENTS as f64,
+                    raw_bytes as f64 / packed as f64
+                );
+                match (name, in_place, check) {
+                    ("sparse", true, true) => {
+                        row(
+                            "tpde.gpu.apply_7b_ms",
+                            wall_ms,
+                            "ms",
+                            &format!(
+                                "{what}; in place, every payload's check first, wall clock with planning and upload of tables"
+                            ),
+                        );
+                        row("tpde.gpu.scratch_bytes", scratch_bytes as f64, "B", &what);
+                    }
+                    (_, false, false) => row(
+                        &format!("tpde.gpu.{name}_out_tbps"),
+                        rate,
+                        "TB/s",
+                        &format!("{what}; out of place, bytes written, events around all kernels"),
+                    ),
+                    _ => {}
+                }
                 for i in [0, segments / 2 + 1, segments - 1] {
                     let range = i * WORDS * 2..(i + 1) * WORDS * 2;
                     let made = rig.device.read(&finals.slice(range).expect("inside")).expect("read");
@@ -184,6 +217,13 @@ pub fn measure(rig: &Rig) {
     }
     let all = (0..5).map(|_| timed(rig, || copy(rig, &finals, &bases))).collect();
     let Timed { gpu_ms, .. } = median(all);
+    let rate = 2.0 * raw_bytes as f64 / gpu_ms / 1e9;
+    row(
+        "tpde.gpu.copy_tbps",
+        rate,
+        "TB/s",
+        "device to device, read + written, same run: the roofline of the rows above",
+    );
     println!(
         "copy of {:.2} GB: {gpu_ms:.2} ms, {:.3} TB/s read + written",
         raw_bytes as f64 / 1e9,
@@ -290,6 +330,9 @@ pub fn link(rig: &Rig, codec: &LinkCodec) {
         packed_bytes as f64 * 8.0 / count as f64,
         (2 * count) as f64 / packed_bytes as f64
     );
+    let note = "2^30 bf16 words N(0, 1), random; raw bytes a second, events; the slower of encode and decode";
+    row("storm.link_codec_tbps", rates[0].min(rates[1]), "TB/s", note);
+    row("storm.link_codec_ratio", (2 * count) as f64 / packed_bytes as f64, ":1", note);
     let both = (0..5).map(|_| timed(rig, || copy(rig, &back, &words))).collect();
     println!(
         "copy in the same run: {:.3} TB/s read + written",
