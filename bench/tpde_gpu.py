@@ -16,7 +16,17 @@ from common import row, write_results
 def rows_of(mode: str) -> list[list[str]]:
     """The rows that the binary prints in one of its measuring modes."""
     binary = os.environ.get("TPDE_CUDA")
-    cargo = "cargo test --release --quiet -p overspill-codec-cuda --test tpde_cuda --".split()
+    cargo = [
+        "cargo",
+        "test",
+        "--release",
+        "--quiet",
+        "-p",
+        "overspill-codec-cuda",
+        "--test",
+        "tpde_cuda",
+        "--",
+    ]
     command = [*([binary] if binary else cargo), mode]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     print(done.stdout, flush=True)
@@ -30,7 +40,9 @@ def main() -> None:
     copy = next((float(value) for name, value, *_ in measured if name == "tpde.gpu.copy_tbps"), None)
     rows = []
     for name, value, unit, note in measured:
-        limit = None if copy is None else f"copy on the device, read + written, {copy:.2f} TB/s in the same run"
+        limit = (
+            None if copy is None else f"copy on the device, read + written, {copy:.2f} TB/s in the same run"
+        )
         rows.append(row(name, float(value), unit, limit=limit, note=note))
     print(write_results("tpde_gpu", rows))
     if not rows:
