@@ -125,10 +125,14 @@ class Bench:
             pool._native.drop_host_copy(session._key)
             outs.append(timed_ms(lambda: (session.evict(), pool.synchronize())))
             backs.append(timed_ms(lambda: (session.restore(), pool.synchronize())))
+        naive = self._naive_ms()
         for name, times, link in (("swap_out", outs, "out"), ("swap_in", backs, "in")):
             gbps = self.session_bytes / median(times) / 1e6
             limit = f"{self.link[link]:.2f} GB/s, pinned copy in this run"
-            self.add(f"{name}_ms", median(times), "ms", limit=limit, note=f"{self.session_bytes} bytes")
+            peer = {"peer": "DynamicCache, .cpu() and .cuda() of every tensor", "peer_value": naive[link]}
+            self.add(
+                f"{name}_ms", median(times), "ms", limit=limit, note=f"{self.session_bytes} bytes", **peer
+            )
             self.add(
                 f"{name}_share_of_link", gbps / self.link[link], "share", limit=limit, note=f"{gbps:.2f} GB/s"
             )
@@ -150,6 +154,18 @@ class Bench:
         )
         session.close()
         other.close()
+
+    def _naive_ms(self) -> dict[str, float]:
+        """The same bytes with plain PyTorch."""
+        cache = DynamicCache(config=self.model.config)
+        with torch.no_grad():
+            self.model(
+                input_ids=torch.tensor([self.ids], device="cuda"), past_key_values=cache, logits_to_keep=1
+            )
+        tensors = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+        host: list[torch.Tensor] = []
+        out = timed_ms(lambda: host.extend(part.cpu() for part in tensors))
+        return {"out": out, "in": timed_ms(lambda: [part.cuda() for part in host])}
 
     def part_pause(self) -> None:
         session, pool = self.prefilled("pause"), self.pool

@@ -25,6 +25,7 @@ for what in "$@"; do
     conformance) step conformance 200 $BUNDLE/conformance_cuda ;;
     sanitizer) step sanitizer 300 compute-sanitizer --tool memcheck --error-exitcode 9 $BUNDLE/conformance_cuda kernel ;;
     matrix) step matrix 400 python3 -m pytest -q -x -p no:cacheprovider python/tests/test_storm_matrix.py -k cuda ;;
+    sessions) step sessions 200 python3 -m pytest -q -x -p no:cacheprovider python/tests/test_djinn_families.py -k gpu ;;
     doctor) step doctor 60 python3 -m overspill doctor --json; cp "$OUT/doctor.log" "$OUT/doctor.json" ;;
     demo) step demo 300 python3 -m overspill.demo --out target/demo; cp target/demo/report.json "$OUT/demo.json" ;;
     *) step "$what" 420 python3 bench/"$what".py ;;
