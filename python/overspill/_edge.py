@@ -120,7 +120,7 @@ class CudaEdge:
 
     def stream(self) -> int:
         """Handle of the current stream; asked for inside every hook, since threads differ."""
-        return torch.cuda.current_stream(self.device).cuda_stream
+        return torch._C._cuda_getCurrentRawStream(self.device.index)
 
     def join(self, stream: int) -> None:
         """Makes the current stream wait for what ``stream`` has been given."""

@@ -100,14 +100,26 @@ def _empty(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 class Saved:
     """One saved tensor: how to see it again, and whether it was written to meanwhile."""
 
-    __slots__ = ("dtype", "name", "offset", "probe", "round", "shape", "stride", "tensor", "unit", "version")
+    __slots__ = (
+        "dtype",
+        "offset",
+        "output",
+        "probe",
+        "round",
+        "shape",
+        "stride",
+        "tensor",
+        "unit",
+        "version",
+    )
 
     tensor: torch.Tensor | None
 
     def __init__(self, tensor: torch.Tensor, unit: Unit | None, keep: bool) -> None:
         self.version = tensor._version
         self.unit = unit
-        self.name = _output_name(tensor)
+        node = tensor.grad_fn
+        self.output = None if node is None else (tensor.output_nr, node.name())
         self.round = -1
         if keep:
             # A leaf is held as it is (autograd holds it anyhow, and `leaf.data = x` must be seen);
@@ -127,10 +139,11 @@ class Saved:
         """Raises what autograd raises for a saved tensor that was modified in place."""
         if self.probe._version != self.version:
             shape = self.shape if self.tensor is None else self.tensor.shape
+            which = "" if self.output is None else ", which is output {} of {},".format(*self.output)
             kind = f"{self.probe.type()} {list(shape)}"
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace "
-                f"operation: [{kind}]{self.name} is at version {self.probe._version}; expected version "
+                f"operation: [{kind}]{which} is at version {self.probe._version}; expected version "
                 f"{self.version} instead. Hint: enable anomaly detection to find the operation that failed to "
                 "compute its gradient, with torch.autograd.set_detect_anomaly(True, check_nan=False)."
             )
@@ -148,17 +161,14 @@ class Saved:
         return tensor
 
 
-def _output_name(tensor: torch.Tensor) -> str:
-    node = tensor.grad_fn
-    return "" if node is None else f", which is output {tensor.output_nr} of {node.name()},"
-
-
 def span(tensor: torch.Tensor, storage_bytes: int) -> tuple[int, int]:
     """The bytes ``start, end`` of its storage that have to move for ``tensor``.
 
     The whole storage when the tensor spans at least half of it (its siblings are likely saved too),
     else its own range, on aligned bounds.
     """
+    if tensor.is_contiguous() and 2 * tensor.nbytes >= storage_bytes:
+        return 0, storage_bytes
     itemsize = tensor.element_size()
     start = tensor.storage_offset() * itemsize
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -256,7 +256,8 @@ class Storm:
         elif action == _OFFLOAD and self._rebuild and self._planner.is_exploring:
             action = self._explore(unit, storage, tensor)
         self._act(unit, storage, action)
-        self._follow(None, allocated)
+        if self._leaving:
+            self._follow(None, allocated)
         return unit
 
     def _enter(
@@ -455,8 +456,6 @@ class Storm:
 
     def _release_sources(self) -> None:
         """Lets sources of offloads go, oldest first, while too many bytes are on their way out."""
-        if not self._leaving:
-            return
         over_budget = self._edge.allocated_bytes() > self.vram_budget_bytes
         while self._leaving and (over_budget or self._leaving_bytes > self._leaving_limit):
             unit = self._leaving.popleft()()

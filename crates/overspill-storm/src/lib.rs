@@ -1,5 +1,5 @@
 #![forbid(unsafe_code)]
-//! What to keep and what to offload of a training step.
+//! What to keep, to rebuild and to offload of a training step.
 //!
 //! Autograd saves tensors in forward and asks for them in backward. The edge to PyTorch reports
 //! each saved piece of storage (a *unit*) to a [`Planner`]; the planner records the step
