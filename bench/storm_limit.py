@@ -110,7 +110,7 @@ def bench(name: str, part: Part, options: argparse.Namespace) -> list[dict[str, 
         if variant == "hooks":
             hooks = timed_hooks(storm)
         begin = time.perf_counter()
-        ms, peak = step_times(model, x, storm, 4, options.steps)
+        ms, peak = step_times(model, x, storm, 6, options.steps)
         wall_s = time.perf_counter() - begin
         storm.close()
         report = storm.report()

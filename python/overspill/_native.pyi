@@ -286,9 +286,10 @@ class Planner:
         allocated_bytes: SupportsIndex,
         peak_bytes: SupportsIndex,
         step_peak_bytes: SupportsIndex | None,
-    ) -> None:
+    ) -> bool:
         """
         The last saved tensor of `unit` is gone; `step_peak_bytes` is the most allocated in this step.
+        True if that was an event.
         """
     @property
     def has_plan(self, /) -> bool:
@@ -309,6 +310,11 @@ class Planner:
     def is_recording(self, /) -> bool:
         """
         Whether the planner wants to know what is allocated at every event.
+        """
+    @property
+    def is_timing(self, /) -> bool:
+        """
+        Whether device times of events are wanted.
         """
     def left(self, /, unit: SupportsIndex) -> None:
         """

@@ -97,7 +97,7 @@ class Storm:
             onboard_gbps=1.0,
         )
         self._timeline = Timeline(self._edge)
-        self._recording = False
+        self._timing = False
         self._rebuild = rebuild
         self._epsilons = _epsilons_of(model) if rebuild else ()
         # By place in the step: what has been proved. By signature: the best time measured.
@@ -196,7 +196,7 @@ class Storm:
     def _restore(self, saved: Saved, unit: Unit) -> torch.Tensor:
         allocated, peak = self._sample()
         self._planner.need(unit.id, allocated, peak)
-        if self._recording:
+        if self._timing:
             self._timeline.event()
         if saved.tensor is not None:
             self._follow(unit.id, allocated)
@@ -248,6 +248,8 @@ class Storm:
             self._begin_step()
         allocated, peak = self._sample()
         unit_id, action = self._planner.pack(nbytes, allocated, peak)
+        if self._timing:
+            self._timeline.event()
         if not self._units:
             self._first_id = unit_id
         unit = self._enter(unit_id, storage, start, nbytes, tensor)
@@ -263,8 +265,6 @@ class Storm:
     def _enter(
         self, unit_id: int, storage: torch.UntypedStorage, start: int, nbytes: int, tensor: torch.Tensor
     ) -> Unit:
-        if self._recording:
-            self._timeline.event()
         unit = Unit(self, unit_id, storage, start, nbytes, tensor)
         self._units[unit_id] = unit
         self._by_storage.setdefault(unit.storage_ref.cdata, []).append(weakref.ref(unit))
@@ -284,7 +284,7 @@ class Storm:
 
     def _begin_step(self) -> None:
         """Hands the times of a recorded step to the planner, before it plans the next one."""
-        if self._recording:
+        if self._timing:
             times, costs = self._timeline.close()
             for unit_id, signature in self._rebuilt:
                 if unit_id in costs:
@@ -293,7 +293,7 @@ class Storm:
             known = [(unit_id, self._costs_us.get(signature, 0.0)) for unit_id, signature in self._rebuilt]
             self._planner.settle(times, known, *self._link_gbps())
         self._rebuilt.clear()
-        self._recording = self._planner.is_recording
+        self._timing = self._planner.is_timing
         if self._planner.is_exploring:
             self._proved.clear()
         self._edge.reset_peak()
@@ -407,13 +407,13 @@ class Storm:
         return _OFFLOAD
 
     def _give_recipe(self, unit: Unit, base: torch.Tensor, recipe: Recipe) -> None:
-        if self._recording:
+        if self._timing:
             self._rebuilt.append((unit.id, recipe.signature))
         if recipe.narrow is not None:
-            begin = self._timeline.begin() if self._recording else None
+            begin = self._timeline.begin() if self._timing else None
             with torch.no_grad():
                 narrow = base.to(recipe.narrow)
-            if self._recording:
+            if self._timing:
                 self._timeline.end(begin, unit.id)
             storage = narrow.untyped_storage()
             allocated, peak = self._sample()
@@ -448,9 +448,9 @@ class Storm:
 
     def _release(self, unit: Unit, stream: int) -> None:
         assert unit.slot is not None
-        begin = self._timeline.begin() if self._recording else None
+        begin = self._timeline.begin() if self._timing else None
         self._engine.release_source(unit.slot, stream)
-        if self._recording:
+        if self._timing:
             self._timeline.end(begin)
         self._forget_source(unit)
 
@@ -512,9 +512,9 @@ class Storm:
         if storage is None:
             storage = self._onboard(unit, stream, prefetch=False)
         if unit.onboarding is not None:
-            begin = self._timeline.begin() if self._recording else None
+            begin = self._timeline.begin() if self._timing else None
             stalled_us = unit.onboarding.wait(stream)
-            if self._recording:
+            if self._timing:
                 self._timeline.end(begin)
             unit.onboarding = None
             self._planner.arrived(unit.id, stalled_us)
@@ -524,9 +524,9 @@ class Storm:
 
     def _rebuild_now(self, unit: Unit, recipe: Recipe, stream: int) -> torch.UntypedStorage:
         inputs = [self._tensor_of(saved, stream) for saved in recipe.inputs]
-        begin = self._timeline.begin() if self._recording else None
+        begin = self._timeline.begin() if self._timing else None
         storage = recipe.run(inputs).untyped_storage()
-        if self._recording:
+        if self._timing:
             self._timeline.end(begin, unit.id)
         unit.buffer = storage
         unit.stream = stream
@@ -585,11 +585,11 @@ class Storm:
             self._by_storage.pop(key, None)
         if unit.source is not None:
             self._forget_source(unit)
-        if self._recording:
-            self._timeline.event()
         # Only the end of the step uses the peak, and asking for it is not free.
         step_peak = self._edge.peak_bytes() if len(self._units) <= 1 else None
-        self._planner.free(unit.id, *self._sample(), step_peak)
+        is_event = self._planner.free(unit.id, *self._sample(), step_peak)
+        if is_event and self._timing:
+            self._timeline.event()
 
     # ---- construction ------------------------------------------------------------------------
 

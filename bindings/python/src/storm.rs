@@ -118,10 +118,11 @@ impl Planner {
     }
 
     /// The last saved tensor of `unit` is gone; `step_peak_bytes` is the most allocated in this step.
+    /// True if that was an event.
     #[pyo3(signature = (unit, allocated_bytes, peak_bytes, step_peak_bytes))]
-    fn free(&self, unit: u64, allocated_bytes: u64, peak_bytes: u64, step_peak_bytes: Option<u64>) {
+    fn free(&self, unit: u64, allocated_bytes: u64, peak_bytes: u64, step_peak_bytes: Option<u64>) -> bool {
         let sample = self.sample(allocated_bytes, peak_bytes);
-        self.lock().free(UnitId(unit), sample, || step_peak_bytes);
+        self.lock().free(UnitId(unit), sample, || step_peak_bytes)
     }
 
     /// Device times of the recorded step that has just ended, one an event, in microseconds; of the
@@ -136,6 +137,12 @@ impl Planner {
     #[getter]
     fn is_recording(&self) -> bool {
         self.lock().is_recording()
+    }
+
+    /// Whether device times of events are wanted.
+    #[getter]
+    fn is_timing(&self) -> bool {
+        self.lock().is_timing()
     }
 
     /// Whether the step looks for recipes.

@@ -3,8 +3,9 @@
 //! The first step of a shape *explores*: what has a proved recipe is rebuilt, all else is offloaded
 //! (keeping could already be too much), and everything is recorded. The second *calibrates*: it
 //! follows a plan made of that record and is recorded again, with the sizes of a settled step and
-//! the times of a device that is warm. From the third on the plan made of the second is *followed*.
-//! A step that deviates from its plan falls back to offloading, which is always within the budget,
+//! the times of a device that is warm. The next two follow the plan made of the second and are timed
+//! once more: while memory is still being reserved, compute waits for the host, and the shortest time
+//! between two events is the one that the device needs. From then on the plan is *followed*. A step that deviates from its plan falls back to offloading, which is always within the budget,
 //! and the next one explores.
 
 use crate::{Action, Event, Limits, Link, Plan, Recipe, StepRecord, Unit, make_plan};
@@ -65,7 +66,7 @@ pub struct Planner {
     peak_bytes: u64,
     phase: Phase,
     /// A step that is over and not yet planned from.
-    pending: Option<StepRecord>,
+    pending: Option<Pending>,
     /// The record the plan was made from, and the plan.
     plan: Option<(StepRecord, Plan)>,
     /// Bytes allocated when the recorded step began.
@@ -74,12 +75,23 @@ pub struct Planner {
     first_id: u64,
 }
 
+#[derive(Debug)]
+struct Pending {
+    record: StepRecord,
+    /// Whether its times are the device's already; the shorter ones count then.
+    is_timed: bool,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Explore,
     Calibrate,
+    /// With the steps left to time, this one included.
+    Time(u8),
     Follow,
 }
+
+const TIMED_STEPS: u8 = 2;
 
 /// The step under way.
 #[derive(Debug, Default)]
@@ -187,7 +199,8 @@ impl Planner {
         // The storage is allocated already and is counted as a unit from here on, unless it is
         // rebuilt: then it is the model's alone once this event is over.
         self.step.held_bytes += bytes;
-        unit.packed_at = self.event(sample);
+        // Whether a narrow copy is made is the plan's affair: events are those of the model.
+        unit.packed_at = if is_narrow { self.step.events.saturating_sub(1) } else { self.event(sample) };
         let live = match action {
             Action::Keep => Live::Kept,
             Action::Offload => Live::Leaving,
@@ -320,12 +333,15 @@ impl Planner {
 
     /// The last saved tensor of `unit` is gone. `peak_bytes` is the most that was allocated since
     /// the step began, where the device can say; it is asked for when the step ends.
-    pub fn free(&mut self, unit: UnitId, sample: Sample, peak_bytes: impl FnOnce() -> Option<u64>) {
-        let Some(index) = self.index(unit) else { return };
+    ///
+    /// True if that was an event, for which [`Planner::settle`] wants a time.
+    pub fn free(&mut self, unit: UnitId, sample: Sample, peak_bytes: impl FnOnce() -> Option<u64>) -> bool {
+        let Some(index) = self.index(unit) else { return false };
         if self.step.live[index] == Live::Freed {
-            return;
+            return false;
         }
-        let at = self.event(sample);
+        let is_event = !self.step.record.units[index].is_narrow;
+        let at = if is_event { self.event(sample) } else { self.step.events.saturating_sub(1) };
         self.step.record.units[index].freed_at = Some(at);
         let state = self.step.live[index];
         self.move_to(unit, state, Live::Freed);
@@ -333,17 +349,27 @@ impl Planner {
         if self.step.live_count == 0 {
             self.end(peak_bytes());
         }
+        is_event
     }
 
-    /// Times of the events of the recorded step that has just ended, measured on the device, and of
-    /// the rebuilds in it. Without it host times stand in, and rebuilds are free.
+    /// Times of the events of the step that has just ended, measured on the device, and of the rebuilds
+    /// in it. Without it host times stand in, and rebuilds are free.
     pub fn settle(&mut self, times_us: &[f64], costs_us: &[(UnitId, f64)], link: Link) {
         self.limits.link = link;
         let first_id = self.first_id;
-        let Some(record) = &mut self.pending else { return };
+        let Some(pending) = &mut self.pending else { return };
+        let record = &mut pending.record;
         if times_us.len() == record.events.len() {
-            for (event, &time_us) in record.events.iter_mut().zip(times_us) {
-                event.time_us = time_us;
+            let before: Vec<f64> = record.events.iter().map(|event| event.time_us).collect();
+            let mut now_us = 0.0;
+            for (index, event) in record.events.iter_mut().enumerate().skip(1) {
+                let step = |times: &[f64]| (times[index] - times[index - 1]).max(0.0);
+                let known = if pending.is_timed { step(&before) } else { f64::INFINITY };
+                now_us += known.min(step(times_us));
+                event.time_us = now_us;
+            }
+            if let Some(first) = record.events.first_mut() {
+                first.time_us = 0.0;
             }
         }
         for &(unit, cost_us) in costs_us {
@@ -355,12 +381,18 @@ impl Planner {
         }
     }
 
+    /// Whether device times of events are wanted.
+    #[must_use]
+    pub fn is_timing(&self) -> bool {
+        self.phase != Phase::Follow
+    }
+
     /// Whether samples are recorded, because the step explores, calibrates or deviates from its plan.
     /// A step that follows its plan needs none, and asking a GPU's allocator is not free.
     #[must_use]
     pub fn is_recording(&self) -> bool {
         let between = self.step.live_count == 0;
-        self.step.deviates && !between || self.phase != Phase::Follow
+        self.step.deviates && !between || matches!(self.phase, Phase::Explore | Phase::Calibrate)
     }
 
     /// Whether the step looks for recipes.
@@ -400,7 +432,7 @@ impl Planner {
     }
 
     fn begin(&mut self, sample: Sample) {
-        if let Some(record) = self.pending.take() {
+        if let Some(Pending { record, .. }) = self.pending.take() {
             self.make(record, sample.allocated_bytes);
         }
         self.first_id += self.step.live.len() as u64;
@@ -427,22 +459,12 @@ impl Planner {
             self.phase = Phase::Explore;
             return;
         }
-        let overrun = peak.saturating_sub(self.limits.budget_bytes);
-        if self.phase == Phase::Follow {
-            // A plan that keeps nothing has nothing more to give.
-            let too_much = |plan: &Plan| overrun > 0 && plan.predicted.kept_bytes > 0;
-            if let Some((record, _)) = self.plan.as_ref().filter(|(_, plan)| too_much(plan)) {
-                self.hidden_bytes += overrun;
-                let record = StepRecord { hidden_bytes: self.hidden_bytes, ..record.clone() };
-                self.make(record, self.recorded_base);
-            }
+        if matches!(self.phase, Phase::Time(_) | Phase::Follow) {
+            self.followed(peak);
             return;
         }
         let unseen = peak.saturating_sub(self.step.peak_bytes);
-        self.hidden_bytes = match self.phase {
-            Phase::Calibrate => self.hidden_bytes.max(unseen).max(overrun.min(self.limits.budget_bytes)),
-            _ => self.hidden_bytes.max(unseen),
-        };
+        self.hidden_bytes = self.hidden_bytes.max(unseen);
         let mut record = std::mem::take(&mut self.step.record);
         record.hidden_bytes = self.hidden_bytes;
         for index in 1..record.units.len() {
@@ -452,8 +474,31 @@ impl Planner {
             }
         }
         self.recorded_base = self.step.base_bytes;
-        self.pending = Some(record);
-        self.phase = if self.phase == Phase::Explore { Phase::Calibrate } else { Phase::Follow };
+        self.pending = Some(Pending { record, is_timed: false });
+        self.phase = if self.phase == Phase::Explore { Phase::Calibrate } else { Phase::Time(TIMED_STEPS) };
+    }
+
+    /// A step that followed its plan is over: `peak` bytes were allocated at most.
+    fn followed(&mut self, peak: u64) {
+        let overrun = peak.saturating_sub(self.limits.budget_bytes);
+        let timed = match self.phase {
+            Phase::Time(left) => {
+                self.phase = if left > 1 { Phase::Time(left - 1) } else { Phase::Follow };
+                true
+            }
+            _ => false,
+        };
+        let Some((record, plan)) = &self.plan else { return };
+        // A plan that keeps nothing has nothing more to give.
+        let too_much = overrun > 0 && plan.predicted.kept_bytes > 0;
+        if !timed && !too_much {
+            return;
+        }
+        if too_much {
+            self.hidden_bytes += overrun;
+        }
+        let record = StepRecord { hidden_bytes: self.hidden_bytes, ..record.clone() };
+        self.pending = Some(Pending { record, is_timed: true });
     }
 
     fn event(&mut self, sample: Sample) -> usize {
