@@ -37,18 +37,12 @@ REBUILDING = {
     "t5": 5,
     "vit": 3,
     "moe": 1,
-    "lora": 1,
-    "dropout": 0,
     "checkpoint_nonreentrant": 0,
-    "checkpoint_reentrant": 0,
     "retain_graph": 1,
     "double_backward": 0,
     "many_forwards": 1,
-    "abandoned": 0,
     "inplace": 0,
-    "views": 0,
     "autocast": 1,
-    "compiled": 0,
 }
 
 
