@@ -45,21 +45,23 @@ class SlabLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds the new tokens; all that attention is to see."""
-        cache = self.cache
-        keys, values = cache.views(self.index, key_states)
+        cache, count = self.cache, key_states.shape[-2]
+        cache.ready(self.index, key_states)
+        keys, values = 2 * self.index, 2 * self.index + 1
         if cache.fixed is not None:
             position, length = cache.fixed
-            keys[:, :, :length].index_copy_(2, position, key_states)
-            values[:, :, :length].index_copy_(2, position, value_states)
-            return keys[:, :, :length], values[:, :, :length]
-        count, start = key_states.shape[-2], cache.start
-        # `narrow` costs a third of slicing, and eager decode is as fast as its Python.
-        keys.narrow(2, start, count).copy_(key_states)
-        values.narrow(2, start, count).copy_(value_states)
-        cache.wrote(self.index, start + count)
+            seen = cache.rows(0, length)
+            seen[keys].index_copy_(2, position, key_states)
+            seen[values].index_copy_(2, position, value_states)
+            return seen[keys], seen[values]
+        start = cache.start
+        new = cache.rows(start, count)
+        new[keys].copy_(key_states)
+        new[values].copy_(value_states)
         first = self._first(start)
-        seen = start + count - first
-        return keys.narrow(2, first, seen), values.narrow(2, first, seen)
+        seen = cache.rows(first, start + count - first)
+        cache.wrote(self.index, start + count)
+        return seen[keys], seen[values]
 
     def _first(self, start: int) -> int:
         """The first token that a forward from ``start`` on sees, as ``DynamicSlidingWindowLayer`` has it."""
@@ -93,18 +95,21 @@ class SessionCache(Cache):
         self.start = 0
         # In a step at fixed length: where it writes, on the device, and the length of what it sees.
         self.fixed: tuple[torch.Tensor, int] | None = None
-        self.slab_views: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.slab_view: torch.Tensor | None = None
+        # Cuts of the slab that this forward has asked for, by first token and count.
+        self.cuts: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
         self.pending = False
         self.slab = -1
         # Per layer, the token up to which the slab holds nothing of anybody else's.
         self.cleared = [0] * len(windows)
         self.last_end = 0
 
-    def entered(self, slab: int, views: list[tuple[torch.Tensor, torch.Tensor]], pending: bool) -> None:
+    def entered(self, slab: int, view: torch.Tensor, pending: bool) -> None:
         """A forward begins on ``slab``, some layers of which may have to be waited for."""
         if slab != self.slab or pending:
             self.forget()
-        self.slab, self.slab_views, self.pending = slab, views, pending
+        self.slab, self.slab_view, self.pending = slab, view, pending
+        self.cuts.clear()
 
     def forget(self) -> None:
         """Anything may lie behind the tokens of the slab."""
@@ -116,25 +121,32 @@ class SessionCache(Cache):
         """
         first = max(self.start + 1, self.cleared[layer])
         if first < length:
-            assert self.slab_views is not None
-            for part in self.slab_views[layer]:
-                part[:, :, first:length].zero_()
+            assert self.slab_view is not None
+            self.slab_view[2 * layer : 2 * layer + 2, :, :, first:length].zero_()
             self.cleared[layer] = length
 
-    def views(self, layer: int, key_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values of a layer's slab, behind what still happens to it."""
+    def rows(self, first: int, count: int) -> tuple[torch.Tensor, ...]:
+        """Tokens ``first`` on of the keys and values of every layer. Cut for all layers at once: eager
+        decode is as fast as its Python, and layers ask for the same.
+        """
+        found = self.cuts.get((first, count))
+        if found is None:
+            assert self.slab_view is not None
+            found = self.cuts[first, count] = self.slab_view.narrow(3, first, count).unbind(0)
+        return found
+
+    def ready(self, layer: int, key_states: torch.Tensor) -> None:
+        """Makes a layer's slab usable from here on, behind what still happens to it."""
         if key_states.shape[0] != 1:
             raise SessionError(
                 f"a session is one sequence, not {key_states.shape[0]}", session=self.session.id
             )
-        if self.slab_views is None:
+        if self.slab_view is None:
             self.session._enter_from_outside(key_states.shape[-2])
-        assert self.slab_views is not None
         if self.pending:
             self.session.pool._native.touch(self.session._key, layer, self.session.pool._stream())
         if self.fixed is not None:
             self.clear(layer, self.fixed[1])
-        return self.slab_views[layer]
 
     def wrote(self, layer: int, end: int) -> None:
         """A layer has ``end`` tokens now."""

@@ -89,7 +89,7 @@ class SessionPool:
             write_through=write_through, flush_bytes=FLUSH_BYTES, seed=seed,
         )  # fmt: skip
         self._slab_bytes = slab_bytes
-        self._views: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._views: dict[int, torch.Tensor] = {}
         self._sessions: dict[str, Session] = {}
         self._next_key = 0
         self._lock = threading.RLock()
@@ -198,18 +198,15 @@ class SessionPool:
     def _is_large(self, count: int) -> bool:
         return 2 * count * self.shape.token_bytes >= FLUSH_BYTES
 
-    def _slab_views(self, slab: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of every layer of a slab, each of shape (1, heads, tokens, head_dim)."""
+    def _slab_view(self, slab: int) -> torch.Tensor:
+        """A slab as one tensor: (keys and values of each layer in turn, 1, heads, tokens, head_dim)."""
         if slab not in self._views:
-            shape, run_bytes = self.shape, self._native.run_bytes
-            size = (1, self.session_tokens, shape.heads, shape.head_dim)
-            used = self.session_tokens * shape.token_bytes
-
-            def part(index: int) -> torch.Tensor:
-                start = slab * self._slab_bytes + index * run_bytes
-                return self._arena[start : start + used].view(shape.dtype).view(size).transpose(1, 2)
-
-            self._views[slab] = [(part(2 * i), part(2 * i + 1)) for i in range(len(shape.layers))]
+            shape, itemsize = self.shape, self.shape.dtype.itemsize
+            run = self._native.run_bytes // itemsize
+            size = (2 * len(shape.layers), 1, shape.heads, self.session_tokens, shape.head_dim)
+            stride = (run, run, shape.head_dim, shape.heads * shape.head_dim, 1)
+            flat = self._arena.view(shape.dtype)
+            self._views[slab] = flat.as_strided(size, stride, slab * self._slab_bytes // itemsize)
         return self._views[slab]
 
     def _linger(self, session: Session) -> None:

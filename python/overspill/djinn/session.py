@@ -229,7 +229,7 @@ class Session:
 
     def _enter(self, count: int) -> int:
         slab, _, pending = self.pool._native.begin(self._key)
-        self.cache.entered(slab, self.pool._slab_views(slab), pending)
+        self.cache.entered(slab, self.pool._slab_view(slab), pending)
         self._large = self.pool._is_large(count)
         self._running = True
         self.pool._follow()
@@ -241,12 +241,12 @@ class Session:
         if self._outside and layer == len(self.cache.layers) - 1:
             # The forward that transformers runs is over but for its last layer; see `SessionCache`.
             self.cache.start = end
-            self.cache.slab_views = None
+            self.cache.slab_view = None
             self.pool._linger(self)
 
     def _leave(self, end: int, pause: int | None, stream: int | None = None) -> None:
         native, stream = self.pool._native, self.pool._stream() if stream is None else stream
-        self._running, self._outside, self.cache.slab_views = False, False, None
+        self._running, self._outside, self.cache.slab_view = False, False, None
         if pause is None:
             native.wrote_all(self._key, end, stream)
         else:
@@ -256,7 +256,7 @@ class Session:
 
     def _abandon(self) -> None:
         self.cache.forget()
-        self._running, self._outside, self.cache.slab_views = False, False, None
+        self._running, self._outside, self.cache.slab_view = False, False, None
         self.pool._native.abandon(self._key, self.pool._stream())
 
     def _enter_from_outside(self, count: int) -> None:
