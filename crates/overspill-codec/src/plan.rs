@@ -7,6 +7,9 @@ use crate::classes::{ClassKind, ClassPlan, MAX_CLASSES};
 use crate::gap;
 use crate::tables::Frequencies;
 
+/// Most classes that the encoder makes for mode S: what a GPU's decoder counts in two registers.
+const SPARSE_CLASSES: usize = crate::flat::FLAT_CLASSES;
+
 /// Counts over a segment, by key.
 pub(crate) struct Histogram {
     /// Words of each key; may be scaled up from a sample.
@@ -91,7 +94,7 @@ fn sparse_cost(draft: &Draft, is_step: bool) -> f64 {
     }
 }
 
-fn drafts(histogram: &Histogram, coded_share: f64, cost: impl Fn(&Draft) -> f64) -> Vec<Draft> {
+fn drafts(histogram: &Histogram, coded_share: f64, most: usize, cost: impl Fn(&Draft) -> f64) -> Vec<Draft> {
     let mut drafts: Vec<Draft> = Vec::new();
     for key in 0..256usize {
         let values = &histogram.values[key << 8..(key + 1) << 8];
@@ -109,7 +112,7 @@ fn drafts(histogram: &Histogram, coded_share: f64, cost: impl Fn(&Draft) -> f64)
     while drafts.len() > 1 {
         let gain = |i: usize| drafts[i].bits + drafts[i + 1].bits - joined[i].bits;
         let best = (0..joined.len()).max_by(|&a, &b| gain(a).total_cmp(&gain(b))).expect("a pair");
-        if gain(best) < 0.0 && drafts.len() <= MAX_CLASSES {
+        if gain(best) < 0.0 && drafts.len() <= most {
             break;
         }
         drafts[best] = joined.remove(best);
@@ -127,7 +130,7 @@ fn drafts(histogram: &Histogram, coded_share: f64, cost: impl Fn(&Draft) -> f64)
 /// Classes for mode S, and the estimated bits of the segment. `coded_share` is the share of words in rows that
 /// are coded at all.
 pub(crate) fn sparse(histogram: &Histogram, coded_share: f64, is_step: bool) -> (Vec<ClassPlan>, f64) {
-    let drafts = drafts(histogram, coded_share, |draft| sparse_cost(draft, is_step));
+    let drafts = drafts(histogram, coded_share, SPARSE_CLASSES, |draft| sparse_cost(draft, is_step));
     let bits = drafts.iter().map(|draft| draft.bits).sum::<f64>() + histogram.raw_bits as f64;
     let plans = drafts.iter().map(|draft| {
         if draft.changed == 0.0 {
@@ -147,7 +150,7 @@ pub(crate) fn sparse(histogram: &Histogram, coded_share: f64, is_step: bool) -> 
 
 /// Classes for mode D, and the estimated bits of the segment.
 pub(crate) fn dense(histogram: &Histogram) -> (Vec<(u8, Frequencies)>, f64) {
-    let drafts = drafts(histogram, 1.0, dense_bits);
+    let drafts = drafts(histogram, 1.0, MAX_CLASSES, dense_bits);
     let bits = drafts.iter().map(|draft| draft.bits).sum::<f64>() + histogram.raw_bits as f64;
     (drafts.iter().map(|draft| (draft.high, fit_with_zero(draft))).collect(), bits)
 }

@@ -138,7 +138,9 @@ static __device__ bool read_counts(Shared& shared, Header& header, u32& lanes, u
         else if (total > 2ull * words) shared.verdict = TOO_MANY_SYMBOLS;
     }
     __syncwarp();
-    return shared.verdict == OK;
+    bool good = shared.verdict == OK;
+    __syncwarp();
+    return good;
 }
 
 // Events and raw bits of a class whose symbols have been decoded; clustered and dense ones vary in width.
@@ -663,6 +665,7 @@ static __device__ bool apply_events(Shared& shared, const Segment& segment, u32 
                 count += ones;
                 if (ones < 32) break;
             }
+            __syncwarp();
             if (lane == 0) {
                 shared.cursor[q] = cursor;
                 shared.window_rank[q] = begun;
