@@ -37,7 +37,7 @@ impl KeyMap {
 
     #[inline(always)]
     pub(crate) fn key<W: crate::words::Word>(self, word: W) -> u8 {
-        (word.to_u64() >> self.shift) as u8 & self.mask
+        word.byte(self.shift) & self.mask
     }
 }
 

@@ -5,7 +5,7 @@
 
 use crate::classes::{ClassKind, ClassPlan, MAX_CLASSES};
 use crate::gap;
-use crate::tables::Frequencies;
+use crate::tables::{Frequencies, MAX_SYMBOLS};
 
 /// Most classes that the encoder makes for mode S: what a GPU's decoder counts in two registers.
 const SPARSE_CLASSES: usize = crate::flat::FLAT_CLASSES;
@@ -14,15 +14,23 @@ const SPARSE_CLASSES: usize = crate::flat::FLAT_CLASSES;
 pub(crate) struct Histogram {
     /// Words of each key; may be scaled up from a sample.
     pub(crate) population: [u64; 256],
-    /// Changed words by key (256 of them) and value symbol (256), row-major. Symbol 0 is not used by steps.
-    pub(crate) values: Vec<u32>,
+    /// Changed words by key, then by value symbol (256); no row where no word of a key changed. Symbol 0 is not
+    /// used by steps.
+    values: Vec<Option<Box<[u32; MAX_SYMBOLS]>>>,
     /// Raw bits of all values, signs not counted.
     pub(crate) raw_bits: u64,
 }
 
 impl Histogram {
     pub(crate) fn new() -> Self {
-        Histogram { population: [0; 256], values: vec![0; 1 << 16], raw_bits: 0 }
+        Histogram { population: [0; 256], values: vec![None; 256], raw_bits: 0 }
+    }
+
+    /// Count one changed word.
+    pub(crate) fn add(&mut self, key: u8, symbol: u8, raw_bits: u32) {
+        let row = self.values[usize::from(key)].get_or_insert_with(|| Box::new([0; MAX_SYMBOLS]));
+        row[usize::from(symbol)] += 1;
+        self.raw_bits += u64::from(raw_bits);
     }
 }
 
@@ -97,7 +105,7 @@ fn sparse_cost(draft: &Draft, is_step: bool) -> f64 {
 fn drafts(histogram: &Histogram, coded_share: f64, most: usize, cost: impl Fn(&Draft) -> f64) -> Vec<Draft> {
     let mut drafts: Vec<Draft> = Vec::new();
     for key in 0..256usize {
-        let values = &histogram.values[key << 8..(key + 1) << 8];
+        let values = histogram.values[key].as_deref().unwrap_or(&[0; MAX_SYMBOLS]);
         let changed: u64 = values.iter().map(|&count| u64::from(count)).sum();
         let population = (histogram.population[key] as f64 * coded_share).max(changed as f64);
         if population == 0.0 {

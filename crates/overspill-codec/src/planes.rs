@@ -53,16 +53,16 @@ fn count_bytes<'a, W: Word>(
     is_float: bool,
 ) -> [u64; 256] {
     let shift = plane_shift::<W>(plane);
-    // Four tables, so that equal neighbours do not wait for each other.
-    let mut tables = [[0u32; MAX_SYMBOLS]; 4];
+    // Eight tables, so that equal neighbours do not wait for each other.
+    let mut tables = [[0u32; MAX_SYMBOLS]; 8];
     for run in runs {
         let byte = |word: &[u8]| usize::from(rotate::<W>(W::load(word), is_float).byte(shift));
-        let fours = run.chunks_exact(4 * W::BYTES);
-        for word in fours.remainder().chunks_exact(W::BYTES) {
+        let eights = run.chunks_exact(8 * W::BYTES);
+        for word in eights.remainder().chunks_exact(W::BYTES) {
             tables[0][byte(word)] += 1;
         }
-        for four in fours {
-            for (word, table) in four.chunks_exact(W::BYTES).zip(&mut tables) {
+        for eight in eights {
+            for (word, table) in eight.chunks_exact(W::BYTES).zip(&mut tables) {
                 table[byte(word)] += 1;
             }
         }

@@ -85,7 +85,7 @@ impl Encoder {
         for state in &states[..seeds.len()] {
             out.extend_from_slice(&state.to_le_bytes());
         }
-        out.extend(words.iter().rev().flat_map(|word| word.to_le_bytes()));
+        put_words(words.iter().rev(), out);
     }
 
     /// As [`Encoder::finish`], each state in as few bits as it needs: 4 bits n - 16, then the n bits below its
@@ -98,7 +98,7 @@ impl Encoder {
             bits.put(u64::from(*state), state.ilog2());
         }
         out.extend_from_slice(&bits.finish());
-        out.extend(words.iter().rev().flat_map(|word| word.to_le_bytes()));
+        put_words(words.iter().rev(), out);
     }
 
     /// The states that decoding starts in, and the words, last one first.
@@ -113,6 +113,15 @@ impl Encoder {
             }
         }
         (states, words)
+    }
+}
+
+/// Append words, little endian.
+pub(crate) fn put_words<'a>(words: impl ExactSizeIterator<Item = &'a u16>, out: &mut Vec<u8>) {
+    let start = out.len();
+    out.resize(start + 2 * words.len(), 0);
+    for (bytes, word) in out[start..].as_chunks_mut::<2>().0.iter_mut().zip(words) {
+        *bytes = word.to_le_bytes();
     }
 }
 

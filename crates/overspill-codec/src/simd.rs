@@ -234,7 +234,7 @@ mod avx2 {
         for state in lanes {
             out.extend_from_slice(&state.to_le_bytes());
         }
-        out.extend(words[first..].iter().flat_map(|word| word.to_le_bytes()));
+        rans::put_words(words[first..].iter(), out);
     }
 
     /// x / f per lane for 1 <= f <= 4096 and x < f << 20. The float estimate is at most one off: halving x loses at

@@ -88,8 +88,7 @@ impl Survey {
             } else {
                 (split_word(value, map.order.is_float).0, W::BITS - 8)
             };
-            histogram.values[usize::from(keys.key(base)) << 8 | usize::from(symbol)] += 1;
-            histogram.raw_bits += u64::from(raw_bits);
+            histogram.add(keys.key(base), symbol, raw_bits);
             self.grains[position >> GRAIN_LOG2] += 1;
             if position as u64 >= row_end {
                 row_end += (position as u64 - row_end) / row_words * row_words;
@@ -179,8 +178,7 @@ fn residuals<W: Word>(prediction: &Prediction<W>, new: &[u8]) -> Histogram {
             split_magnitude::<W>(sign_magnitude(prediction.residual(position, base, word)).1);
         histogram.population[usize::from(key)] += 1;
         if symbol != 0 {
-            histogram.values[usize::from(key) << 8 | usize::from(symbol)] += 1;
-            histogram.raw_bits += u64::from(raw_bits);
+            histogram.add(key, symbol, raw_bits);
         }
     }
     histogram
