@@ -106,6 +106,14 @@ impl Decoder {
         })
     }
 
+    /// Gives blocks of mode S this much dynamic shared memory at first, at most all there is: more holds denser
+    /// chunks, less lets more blocks share a multiprocessor.
+    #[must_use]
+    pub fn with_sparse_bytes(mut self, bytes: u32) -> Self {
+        self.shared.usual_bytes = bytes.min(self.shared.most_bytes);
+        self
+    }
+
     /// Decodes `jobs` on `stream` and waits for it. With `check`, every payload is compared with its record's
     /// check before the first word is written.
     ///

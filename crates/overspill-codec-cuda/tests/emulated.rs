@@ -182,7 +182,11 @@ fn goldens_decode() {
     let mut decoded = 0;
     for case in goldens() {
         let was = check(&library, &case);
-        assert!(was || case.is_for_the_host(), "{} was left to the host", case.label);
+        assert!(
+            was || case.is_for_the_host() || case.has_many_symbols(),
+            "{} was left to the host",
+            case.label
+        );
         decoded += u32::from(was);
     }
     assert!(decoded > 25, "{decoded} goldens decoded");

@@ -23,6 +23,16 @@ impl Case {
         flat
     }
 
+    /// Whether some chunk of mode S may have more symbols than a block of the GPU holds.
+    pub fn has_many_symbols(&self) -> bool {
+        const SYMBOLS: usize = 20_000;
+        let (mut head, mut index, mut blob) = (&self.head[..], &self.index[..], &self.blob[..]);
+        let view = SegmentView::take(self.spec, &mut head, &mut index, &mut blob).expect("parses");
+        let large =
+            |chunk| view.mode(chunk) == Ok(ChunkMode::Sparse) && view.chunk_words(chunk).len() > SYMBOLS;
+        (0..view.chunks()).any(large)
+    }
+
     pub fn encode(
         label: String,
         base: Base<'_>,

@@ -102,7 +102,8 @@ fn place(device: &CudaDevice, bytes: &[u8], copies: usize, each: usize) -> Devic
     range
 }
 
-pub fn measure(rig: &Rig) {
+/// All of it; with `sparse_only` only the patch in place, for a comparison of decoders.
+pub fn measure(rig: &Rig, sparse_only: bool) {
     let copies: usize = std::env::var("OVERSPILL_COPIES").map_or(100, |text| text.parse().expect("a number"));
     let segments = copies * CONTENTS as usize;
     let raw_bytes = segments * WORDS * 2;
@@ -112,6 +113,9 @@ pub fn measure(rig: &Rig) {
     for (name, lr, standalone) in
         [("sparse", lr_for(0.024), false), ("dense", lr_for(0.6), false), ("standalone", 1e-6, true)]
     {
+        if sparse_only && name != "sparse" {
+            continue;
+        }
         let cases = cases(lr, standalone);
         let mut tables = FlatTables::new();
         let flats: Vec<FlatSegment> =
@@ -188,6 +192,7 @@ pub fn measure(rig: &Rig) {
                     raw_bytes as f64 / packed as f64
                 );
                 match (name, in_place, check) {
+                    _ if sparse_only => {}
                     ("sparse", true, true) => {
                         row(
                             "tpde.gpu.apply_7b_ms",
@@ -215,6 +220,9 @@ pub fn measure(rig: &Rig) {
             }
         }
     }
+    if sparse_only {
+        return;
+    }
     let all = (0..5).map(|_| timed(rig, || copy(rig, &finals, &bases))).collect();
     let Timed { gpu_ms, .. } = median(all);
     let rate = 2.0 * raw_bytes as f64 / gpu_ms / 1e9;
@@ -235,7 +243,7 @@ pub fn measure(rig: &Rig) {
 fn copy(rig: &Rig, to: &DeviceRange, from: &DeviceRange) {
     let mut tables = FlatTables::new();
     let spec = SegmentSpec {
-        dtype: Dtype::U8,
+        dtype: Dtype::U32,
         words: WORDS,
         row_words: 0,
         first_word: 0,
@@ -243,9 +251,9 @@ fn copy(rig: &Rig, to: &DeviceRange, from: &DeviceRange) {
         kind: PatchKind::Relative,
     };
     let flat = tables.take(spec, &mut &[0u8][..], &mut &[][..]).expect("an unchanged segment");
-    let jobs: Vec<Job<'_>> = (0..to.bytes() / WORDS)
+    let jobs: Vec<Job<'_>> = (0..to.bytes() / (4 * WORDS))
         .map(|i| {
-            let at = (i * WORDS) as u64;
+            let at = (4 * i * WORDS) as u64;
             Job { segment: &flat, base: from.addr() + at, out: to.addr() + at, blob: 0, index: 0 }
         })
         .collect();
