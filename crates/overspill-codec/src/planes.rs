@@ -56,7 +56,7 @@ fn count_bytes<'a, W: Word>(
     // Eight tables, so that equal neighbours do not wait for each other.
     let mut tables = [[0u32; MAX_SYMBOLS]; 8];
     for run in runs {
-        let byte = |word: &[u8]| usize::from(rotate::<W>(W::load(word), is_float).byte(shift));
+        let byte = |word: &[u8]| usize::from(plane_byte::<W>(W::load(word), is_float, shift));
         let eights = run.chunks_exact(8 * W::BYTES);
         for word in eights.remainder().chunks_exact(W::BYTES) {
             tables[0][byte(word)] += 1;
@@ -101,24 +101,29 @@ pub(crate) fn read_tables(bits: &mut BitReader<'_>, planes: usize) -> Result<Pla
     (0..planes).map(|_| read(bits)).collect()
 }
 
+/// The byte at `shift` of a word, rotated if it is a float's. Only the lowest byte of a rotated word wraps around.
 #[inline(always)]
-fn rotate<W: Word>(word: W, is_float: bool) -> W {
-    if is_float { word.rotl1() } else { word }
+fn plane_byte<W: Word>(word: W, is_float: bool, shift: u32) -> u8 {
+    match (is_float, shift) {
+        (false, _) => word.byte(shift),
+        (true, 0) => word.rotl1().byte(0),
+        (true, _) => word.byte(shift - 1),
+    }
 }
 
 /// Append the payload of one chunk. Every byte that occurs must have a frequency in its plane's table.
 pub(crate) fn encode<W: Word>(words: &[u8], tables: &PlaneTables, is_float: bool, out: &mut Vec<u8>) {
     let count = words.len() / W::BYTES;
-    let mut plane = vec![0u8; count];
+    let (mut plane, mut coded) = (vec![0u8; count], Vec::with_capacity(count));
     for (index, table) in tables.iter().enumerate() {
         let shift = plane_shift::<W>(index);
         for (byte, word) in plane.iter_mut().zip(words.chunks_exact(W::BYTES)) {
-            *byte = rotate::<W>(W::load(word), is_float).byte(shift);
+            *byte = plane_byte::<W>(W::load(word), is_float, shift);
         }
         match table {
             None => out.extend_from_slice(&plane),
             Some(table) => {
-                let mut coded = Vec::with_capacity(count);
+                coded.clear();
                 simd::encode_bytes(&plane, table, &mut coded);
                 put_varint(out, coded.len() as u64);
                 out.extend_from_slice(&coded);

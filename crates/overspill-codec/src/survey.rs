@@ -55,7 +55,11 @@ impl Survey {
             return survey;
         }
         if !map.is_step {
-            survey.count_grains::<W>(old, new);
+            if spec.base == BaseKind::None {
+                survey.count_nonzero::<W>(new);
+            } else {
+                survey.count_grains::<W>(old, new);
+            }
             if is_dense(survey.changed(), spec.words) {
                 return survey;
             }
@@ -71,6 +75,13 @@ impl Survey {
         {
             let pairs = old.chunks_exact(W::BYTES).zip(new.chunks_exact(W::BYTES));
             *grain = pairs.map(|(a, b)| u32::from(W::load(a) != W::load(b))).sum();
+        }
+    }
+
+    /// As [`Survey::count_grains`] against zeros, which are not read.
+    fn count_nonzero<W: Word>(&mut self, new: &[u8]) {
+        for (new, grain) in new.chunks(W::BYTES << GRAIN_LOG2).zip(&mut self.grains) {
+            *grain = new.chunks_exact(W::BYTES).map(|word| u32::from(W::load(word) != W::default())).sum();
         }
     }
 

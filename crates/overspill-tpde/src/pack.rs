@@ -302,7 +302,8 @@ impl<'c, 'd> Hashes<'c, 'd> {
 struct BlobWriter {
     target: Option<PathBuf>,
     output: Option<OutputFile>,
-    /// Blob bytes not yet hashed; after [`BlobWriter::finish`] without an output, the whole patch.
+    /// Room for the header, then the blob's bytes that are not yet hashed; after [`BlobWriter::finish`] without an
+    /// output, the whole patch.
     bytes: Vec<u8>,
     written_bytes: u64,
     hasher: PatchHasher,
@@ -313,7 +314,7 @@ impl BlobWriter {
         BlobWriter {
             target: target.map(Path::to_owned),
             output: None,
-            bytes: Vec::new(),
+            bytes: vec![0; ALIGN_BYTES],
             written_bytes: 0,
             hasher: PatchHasher::new(),
         }
@@ -321,7 +322,11 @@ impl BlobWriter {
 
     fn push(&mut self, payloads: &[u8], workers: &Workers) -> Result<()> {
         self.bytes.extend_from_slice(payloads);
-        if self.target.is_some() && self.bytes.len() >= FLUSH_BYTES { self.flush(workers) } else { Ok(()) }
+        if self.target.is_some() && self.bytes.len() >= ALIGN_BYTES + FLUSH_BYTES {
+            self.flush(workers)
+        } else {
+            Ok(())
+        }
     }
 
     fn flush(&mut self, workers: &Workers) -> Result<()> {
@@ -333,12 +338,13 @@ impl BlobWriter {
             output.file().seek(start).map_err(Error::io(target, "write"))?;
             self.output = Some(output);
         }
-        workers.install(|| self.hasher.add_blob(&self.bytes));
+        let blob = &self.bytes[ALIGN_BYTES..];
+        workers.install(|| self.hasher.add_blob(blob));
         if let Some(output) = &self.output {
-            output.file().write_all(&self.bytes).map_err(Error::io(output.path(), "write"))?;
+            output.file().write_all(blob).map_err(Error::io(output.path(), "write"))?;
         }
-        self.written_bytes += self.bytes.len() as u64;
-        self.bytes.clear();
+        self.written_bytes += blob.len() as u64;
+        self.bytes.truncate(ALIGN_BYTES);
         Ok(())
     }
 
@@ -352,7 +358,7 @@ impl BlobWriter {
         final_id: StateId,
         workers: &Workers,
     ) -> Result<u64> {
-        let used_bytes = self.written_bytes + self.bytes.len() as u64;
+        let used_bytes = self.written_bytes + (self.bytes.len() - ALIGN_BYTES) as u64;
         let align_bytes = if used_bytes >= ALIGNED_BLOB_BYTES { ALIGN_BYTES } else { 8 };
         let blob_bytes = if align_bytes == ALIGN_BYTES {
             used_bytes.next_multiple_of(ALIGN_BYTES as u64)
@@ -360,7 +366,7 @@ impl BlobWriter {
             used_bytes
         };
         self.bytes.resize(self.bytes.len() + (blob_bytes - used_bytes) as usize, 0);
-        workers.install(|| self.hasher.add_blob(&self.bytes));
+        workers.install(|| self.hasher.add_blob(&self.bytes[ALIGN_BYTES..]));
         let hasher = std::mem::replace(&mut self.hasher, PatchHasher::new());
         let hash = hasher.finish(index, heads, manifest, kind, final_id);
         let tables = [index.len() as u64, heads.len() as u64, manifest.len() as u64];
@@ -370,7 +376,7 @@ impl BlobWriter {
         match &self.output {
             Some(output) => {
                 let mut file = output.file();
-                let pieces = [self.bytes.as_slice(), index, heads, manifest];
+                let pieces = [&self.bytes[ALIGN_BYTES..], index, heads, manifest];
                 pieces
                     .iter()
                     .try_for_each(|piece| file.write_all(piece))
@@ -379,12 +385,11 @@ impl BlobWriter {
                     .map_err(Error::io(output.path(), "write"))?;
             }
             None => {
-                let mut patch = header;
-                patch.reserve_exact(self.bytes.len() + index.len() + heads.len() + manifest.len());
-                for piece in [self.bytes.as_slice(), index, heads, manifest] {
-                    patch.extend_from_slice(piece);
+                // A large blob has its header fill the room in front exactly: nothing is moved.
+                self.bytes.splice(..ALIGN_BYTES, header);
+                for piece in [index, heads, manifest] {
+                    self.bytes.extend_from_slice(piece);
                 }
-                self.bytes = patch;
             }
         }
         Ok(total_bytes)
