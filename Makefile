@@ -87,9 +87,11 @@ ifdef PYTHON
 demo:  ## train SmolLM2-135M under half the memory; PYTHON=... uses an environment with torch
 	$(PYTHON) -m pip install --quiet --target target/demo/site --upgrade --no-deps .
 	PYTHONPATH=target/demo/site $(PYTHON) -m overspill.demo --out target/demo
+	PYTHONPATH=target/demo/site $(PYTHON) -m overspill.demo.sessions --out target/demo
 else
 demo: build
 	$(IN) python -m overspill.demo --out target/demo
+	$(IN) python -m overspill.demo.sessions --out target/demo
 endif
 
 bench-tpde: build  ## TPDE ratios and speed against peers, about 20 minutes; PARTS=speed for a short one
