@@ -83,7 +83,28 @@ pub fn make_plan(record: &StepRecord, limits: &Limits) -> Plan {
         search.attempt((middle + stride).min(order.len()), reserve);
         stride /= 2;
     }
-    search.best.map(|found| found.plan).unwrap_or_default()
+    search.best.map(|found| settle(record, limits, found.plan)).unwrap_or_default()
+}
+
+/// Keeps what the plan would bring back as soon as it has left, where that still fits and costs nothing.
+fn settle(record: &StepRecord, limits: &Limits, plan: Plan) -> Plan {
+    let mut actions = plan.actions.clone();
+    let mut released = vec![None; actions.len()];
+    for &(at, unit) in &plan.schedule.releases {
+        released[unit] = Some(at);
+    }
+    for &(at, unit) in &plan.schedule.fetches {
+        if released[unit].is_some_and(|released| at <= released + 1) {
+            actions[unit] = Action::Keep;
+        }
+    }
+    let (schedule, predicted) = simulate(record, &actions, limits);
+    let fits = predicted.peak_bytes <= limits.budget_bytes;
+    if fits && predicted.step_us <= plan.predicted.step_us {
+        Plan { actions, schedule, predicted }
+    } else {
+        plan
+    }
 }
 
 /// Units with a recipe, the most bytes a microsecond first; among equals the last packed, which the

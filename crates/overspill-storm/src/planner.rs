@@ -286,7 +286,8 @@ impl Planner {
                 break;
             }
             step.fetches_done += 1;
-            if step.live.get(unit) == Some(&Live::Away) {
+            // One that is released at the same event is away by the time the fetch starts.
+            if matches!(step.live.get(unit), Some(Live::Away | Live::Leaving)) {
                 due.fetches.push(name(unit));
             }
         }
@@ -364,8 +365,9 @@ impl Planner {
         let first_id = self.first_id;
         let Some(pending) = &mut self.pending else { return };
         let record = &mut pending.record;
-        if times_us.len() == record.events.len() {
+        if times_us.len() == record.events.len() && !times_us.is_empty() {
             let before: Vec<f64> = record.events.iter().map(|event| event.time_us).collect();
+            let total = |times: &[f64]| times.last().copied().unwrap_or(0.0) - times[0];
             let mut now_us = 0.0;
             for (index, event) in record.events.iter_mut().enumerate().skip(1) {
                 let step = |times: &[f64]| (times[index] - times[index - 1]).max(0.0);
@@ -373,6 +375,10 @@ impl Planner {
                 now_us += known.min(step(times_us));
                 event.time_us = now_us;
             }
+            // Each interval's shortest time is its shape; no step is as fast as all of them together.
+            let known = if pending.is_timed { total(&before) } else { f64::INFINITY };
+            let scale = known.min(total(times_us)) / now_us.max(1e-3);
+            record.events.iter_mut().for_each(|event| event.time_us *= scale);
             if let Some(first) = record.events.first_mut() {
                 first.time_us = 0.0;
             }
