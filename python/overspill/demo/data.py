@@ -7,6 +7,7 @@ text is the source of the standard library.
 from __future__ import annotations
 
 import importlib.util
+import os
 import sysconfig
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def prepare(folder: Path, token_count: int) -> None:
     """
     if (folder / "config.json").exists() and (folder / f"tokens-{token_count}.pt").exists():
         return
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the conversion of the weights draws its own bar
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -46,6 +48,22 @@ def prepare(folder: Path, token_count: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     torch.save(tokens, folder / f"tokens-{token_count}.pt")
+
+
+def warm_up(device: torch.device) -> None:
+    """One step of a tiny model of the same kind: libraries, driver contexts and kernels that every run
+    loads are not memory for training, and are there before anything is measured.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=256,
+        use_cache=False,
+    )  # fmt: skip
+    model: torch.nn.Module = LlamaForCausalLM(config)
+    model.to(device)
+    ids = torch.arange(256, device=device)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
 
 
 def load(folder: Path, token_count: int, device: torch.device) -> tuple[torch.nn.Module, torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 from overspill import Storm
 from overspill._edge import edge_for
 
-from .data import load
+from .data import load, warm_up
 from .memory import PeakMeter
 
 LEARNING_RATE = 1e-3
@@ -29,6 +29,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
     device = torch.device(spec["device"])
+    warm_up(device)
     edge = edge_for(device)
     meter = PeakMeter(device)
     held_before = edge.allocated_bytes()
