@@ -49,14 +49,14 @@ def main(out: str, room_mib: int | None) -> None:
 def chain() -> nn.Sequential:
     """Small weights: the gradients that are compared are in memory too."""
     torch.manual_seed(0)
-    return nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(LAYERS)))
+    return nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(LAYERS)))
 
 
 def step(model: nn.Sequential | None, storm: Storm | None, n: int) -> tuple[nn.Sequential, torch.Tensor]:
     """Forward and backward of batch ``n``."""
     model = chain() if model is None else model
     model.zero_grad()
-    x = torch.randn(32768, 64, generator=torch.Generator().manual_seed(n))
+    x = torch.randn(131072, 16, generator=torch.Generator().manual_seed(n))
     if storm is None:
         loss = model(x).square().mean()
         loss.backward()
