@@ -21,6 +21,7 @@ class CpuEdge:
     engine_name: str = "cpu"
 
     peak_before_bytes: int = 0
+    highest_bytes: int = 0
 
     def __post_init__(self) -> None:
         _native.return_freed_tensors()
@@ -30,9 +31,13 @@ class CpuEdge:
         return _native.process_memory()[0]
 
     def sample(self) -> tuple[int, int]:
-        """Bytes allocated now, and at most since the sample before."""
-        allocated = self.allocated_bytes()
-        return allocated, allocated
+        """Bytes allocated now, and at most since the sample before: seen if it is more than ever."""
+        anonymous, resident = _native.process_memory()
+        peak = _native.resident_peak_bytes()
+        if peak <= self.highest_bytes:
+            return anonymous, anonymous
+        self.highest_bytes = peak
+        return anonymous, max(peak - (resident - anonymous), anonymous)
 
     def has_room(self, nbytes: int, budget_bytes: int) -> bool:
         """Whether a proof may take ``nbytes`` for a moment. The process's memory is no hard limit."""
@@ -62,7 +67,7 @@ class CpuEdge:
 
     def reset_peak(self) -> None:
         """Begins a new measurement of the peak."""
-        self.peak_before_bytes = _native.resident_peak_bytes()
+        self.peak_before_bytes = self.highest_bytes = _native.resident_peak_bytes()
 
     def peak_bytes(self) -> int | None:
         """Most bytes since ``reset_peak``, or None if an earlier peak of the process hides it."""

@@ -281,6 +281,11 @@ impl Planner {
                 due.releases.push(name(unit));
             }
         }
+        // Where spikes go unseen, what is back early stays within the lookahead, whatever room there seems to be.
+        if self.limits.slack_bytes > 0 {
+            due.fetches = unit.map_or_else(Vec::new, |unit| self.before(unit, allocated_bytes));
+            return due;
+        }
         while let Some(&(at, unit)) = plan.schedule.fetches.get(step.fetches_done) {
             if at >= now {
                 break;
@@ -486,7 +491,13 @@ impl Planner {
         }
         self.recorded_base = self.step.base_bytes;
         self.pending = Some(Pending { record, is_timed: false });
-        self.phase = if self.phase == Phase::Explore { Phase::Calibrate } else { Phase::Time(TIMED_STEPS) };
+        // A device that does not count exactly shows a spike between two events once, when it exceeds all
+        // before it: the step that saw it is the one to plan from, and its times are good enough there.
+        self.phase = match self.phase {
+            Phase::Explore if self.limits.slack_bytes > 0 => Phase::Follow,
+            Phase::Explore => Phase::Calibrate,
+            _ => Phase::Time(TIMED_STEPS),
+        };
     }
 
     /// A step that followed its plan is over: `peak` bytes were allocated at most.
