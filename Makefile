@@ -102,13 +102,19 @@ bench-tpde: build  ## TPDE ratios and speed against peers, about 20 minutes; PAR
 	$(IN) python bench/tpde_cpu.py target/tpde/data --only $(or $(PARTS),speed$(comma)ratios$(comma)long$(comma)big)
 
 BUNDLE := target/gpu-bundle
+# The one file of each peer, and what it imports.
+PEER_FILES := trl/models/activation_offloading.py $(addprefix unsloth_zoo/,gradient_checkpointing.py utils.py \
+    integrated_device.py device_type.py mlx/__init__.py mlx/runtime.py)
 gpu-bundle: build  ## what gpu/run.sh needs on an offline machine with a GPU
-	mkdir -p $(BUNDLE) target/demo && rm -f $(BUNDLE)/*
+	rm -rf $(BUNDLE) && mkdir -p $(BUNDLE)/peers target/demo
 	$(IN) maturin build --release --quiet --out $(BUNDLE)
 	cargo test --release --quiet --no-run -p overspill-device --test conformance_cuda
 	cp "$$(ls -t target/release/deps/conformance_cuda-* | grep -v '\.d$$' | head -n 1)" $(BUNDLE)/conformance_cuda
 	strip $(BUNDLE)/conformance_cuda
-	$(IN) uv pip install --quiet --no-deps --target target/trl trl==0.24.0 && cp -r target/trl $(BUNDLE)/trl
+	cargo build --release --quiet -p overspill-device --example link_speed
+	cp target/release/examples/link_speed $(BUNDLE)/link_speed && strip $(BUNDLE)/link_speed
+	$(UV) pip install --quiet --no-deps --target target/peers trl==0.24.0 unsloth_zoo==2026.10.9
+	cd target/peers && cp --parents $(PEER_FILES) $(CURDIR)/$(BUNDLE)/peers
 	$(IN) python -c 'from pathlib import Path; from overspill.demo.data import prepare; prepare(Path("target/demo/smollm2-135m"), 4608)'
 	$(IN) python gpu/cut_model.py target/demo/smollm2-135m $(BUNDLE)/model.tar.xz
 	git rev-parse HEAD > $(BUNDLE)/commit

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from storm_v1 import GB, Blocks, raw_link, timed_hooks, trl_offload
+from storm_v1 import GB, Blocks, checkpointing, raw_link, timed_hooks, trl_offload
 
 import overspill
 from common import row, write_results
@@ -190,11 +190,11 @@ def storm_rows(
 def run_peer(peer: str, model: Blocks, x: torch.Tensor, steps: int) -> tuple[float, int]:
     """Median ms and peak of another method."""
     if peer == "checkpointing":
-        model.checkpoint = True
+        model.checkpoint = checkpointing
         try:
             return step_times(model, x, contextlib.nullcontext(), 2, steps)
         finally:
-            model.checkpoint = False
+            model.checkpoint = None
     if peer == "save_on_cpu":
         return step_times(model, x, torch.autograd.graph.save_on_cpu(pin_memory=True), 1, 2)
     context = trl_offload(model) if peer == "trl" else None

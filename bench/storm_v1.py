@@ -3,7 +3,7 @@
 Llama blocks (transformers' own decoder layers, random weights, bf16, SDPA), 16,384 tokens in four
 sequences of 4,096, no optimizer. Per width: keep-all, STORM at half and at a quarter of keep-all's
 activation peak, ``save_on_cpu(pin_memory=True)``, gradient checkpointing, and TRL's
-``OffloadActivations`` where it is installed. Activation peak = most bytes allocated in the step less
+``OffloadActivations`` and Unsloth's offloaded checkpointing where their files load. Activation peak = most bytes allocated in the step less
 parameters and gradients. The link is measured in the same run.
 """
 
@@ -11,11 +11,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import importlib.util
+import json
+import os
 import statistics
+import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,24 +55,25 @@ class Blocks(torch.nn.Module):
         )
         self.layers = torch.nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(layers))
         self.rotary = LlamaRotaryEmbedding(config)
-        self.checkpoint = False
+        self.checkpoint: Callable[..., torch.Tensor] | None = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         rotation = self.rotary(hidden, positions)
         for layer in self.layers:
-            if self.checkpoint:
-                hidden = torch.utils.checkpoint.checkpoint(
-                    _run_layer, layer, hidden, rotation, use_reentrant=False
-                )
-            else:
-                hidden = _run_layer(layer, hidden, rotation)
+            run = functools.partial(_run_layer, layer, rotation)
+            hidden = run(hidden) if self.checkpoint is None else self.checkpoint(run, hidden)
         return hidden.float().pow(2).mean()
 
 
-def _run_layer(layer: Any, hidden: torch.Tensor, rotation: Any) -> torch.Tensor:
+def _run_layer(layer: Any, rotation: Any, hidden: torch.Tensor) -> torch.Tensor:
     out = layer(hidden, position_embeddings=rotation, attention_mask=None)
     return out[0] if isinstance(out, tuple) else out
+
+
+def checkpointing(run: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    """Plain gradient checkpointing of one layer."""
+    return torch.utils.checkpoint.checkpoint(run, hidden, use_reentrant=False)
 
 
 def measure(model: Blocks, x: torch.Tensor, context: Any, steps: int) -> dict[str, float]:
@@ -120,8 +126,6 @@ def _gbps(copy: Callable[[], object], count: int, repeats: int = 7) -> float:
 
 def engine_link() -> dict[str, float]:
     """The engine moving sixteen tensors of 64 MiB each way: bytes over the busy time of its copies."""
-    import json
-
     begin = time.perf_counter()
     engine = Engine(
         "cuda:0", host_budget_bytes=2**30, slab_bytes=2**30, segment_bytes=2**26, eager_spill=False
@@ -190,6 +194,73 @@ def trl_offload(model: torch.nn.Module) -> Any:
         return None
 
 
+def unsloth_checkpoint() -> Callable[..., torch.Tensor] | None:
+    """Unsloth's offloaded checkpointing (inputs of layers to RAM), or None where its file does not load."""
+    spec = importlib.util.find_spec("unsloth_zoo")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    # The one file and what it imports: the package's own start asks for a whole training stack.
+    package = types.ModuleType("unsloth_zoo")
+    package.__path__ = list(spec.submodule_search_locations)
+    sys.modules["unsloth_zoo"] = package
+    try:
+        loaded = importlib.import_module("unsloth_zoo.gradient_checkpointing")
+    except Exception as error:
+        print(f"Unsloth's checkpointing does not load here: {error!r}", file=sys.stderr)
+        return None
+    return loaded.Unsloth_Offloaded_Gradient_Checkpointer.apply
+
+
+def pinned_kinds(gib: int) -> list[dict[str, Any]]:
+    """Seconds to reserve ``gib`` GiB of host memory in each kind, and the link over it; by ``link_speed``."""
+    found = os.environ.get("LINK_SPEED")
+    if found is None:
+        print("pinned kinds: left out, LINK_SPEED names no program", file=sys.stderr)
+        return []
+    run = subprocess.run([found, str(gib)], capture_output=True, text=True, timeout=150, check=False)
+    rows = []
+    for line in run.stdout.splitlines():
+        facts = json.loads(line)
+        kind = facts["kind"].lower()
+        if "reserve_gib" in facts:
+            seconds = facts["reserve_gib"] / facts["reserve_gib_per_s"]
+            rows.append(
+                row(f"storm_v1.reserve_{gib}gib_s.{kind}", seconds, "s", note="zeroed and given back")
+            )
+            print(f"{gib} GiB {kind}: {seconds:.1f} s")
+        elif facts["copy_bytes"] == 2**28:
+            for way in ("offload", "onboard", "both"):
+                rows.append(
+                    row(f"storm_v1.{way}_gbps.{kind}", facts[f"{way}_gbps"], "GB/s", note="copies of 256 MiB")
+                )
+            print(f"{kind}: offload {facts['offload_gbps']}, onboard {facts['onboard_gbps']} GB/s")
+    if run.returncode:
+        print(f"pinned kinds: {run.stderr[-500:]}", file=sys.stderr)
+    return rows
+
+
+def pool_growth(steps: int) -> dict[str, float]:
+    """Host bytes the pool holds after step 2 and after ``steps`` small steps, all offloaded; seconds a step."""
+    width = 256
+    model = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(4))).cuda()
+    x = torch.randn(4096, width, device="cuda")
+    model(x).tanh().square().mean().backward()  # cuBLAS takes its workspace
+    gc.collect()
+    storm = Storm(model, vram_budget=torch.cuda.memory_allocated() + 12 * 2**20, host_budget="1GiB")
+    held = []
+    begin = time.perf_counter()
+    with storm:
+        for n in range(steps):
+            model(x).tanh().square().mean().backward()
+            if n == 2 or n == steps - 1:
+                held.append(storm.report()["pool"]["bytes_reserved"])
+    seconds = time.perf_counter() - begin
+    moved = storm.report()["flows"]
+    storm.close()
+    left = storm.report()["pool"]["bytes_in_use"]
+    return {"early": held[0], "late": held[-1], "left": left, "s": seconds / steps, "moved": moved}
+
+
 def bench_width(width: int, layers: int, steps: int, link: dict[str, float]) -> list[dict[str, Any]]:
     """All methods at one width."""
     torch.manual_seed(0)
@@ -242,8 +313,11 @@ def bench_width(width: int, layers: int, steps: int, link: dict[str, float]) -> 
             print(f"h={width} {name}: {error!r}", file=sys.stderr)
         gc.collect()
         torch.cuda.empty_cache()
-    model.checkpoint = True
+    model.checkpoint = checkpointing
     add("checkpointing", measure(model, x, contextlib.nullcontext(), steps))
+    model.checkpoint = unsloth_checkpoint()
+    if model.checkpoint is not None:
+        add("unsloth_offloaded_checkpointing", measure(model, x, contextlib.nullcontext(), steps))
     return rows
 
 
@@ -251,6 +325,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=list(SHAPES))
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--growth-steps", type=int, default=10_000)
     parser.add_argument("--name", default="storm_v1")
     options = parser.parse_args()
     print(f"overspill {overspill.__version__}, torch {torch.__version__}, {torch.cuda.get_device_name()}")
@@ -271,17 +346,32 @@ def main() -> None:
         for way in ("d2h", "h2d")
     ]
     rows.append(row("storm_v1.reserve_s_per_gib", engine["reserve_s_per_gib"], "s"))
+    rows += pinned_kinds(64)
+    growth = pool_growth(options.growth_steps)
+    print(f"pool: {growth}")
+    rows.append(
+        row(
+            "storm_v1.pool_growth_bytes",
+            growth["late"] - growth["early"],
+            "bytes",
+            note=f"reserved after {options.growth_steps} small steps less after step 2; "
+            f"{growth['s'] * 1e3:.1f} ms a step; {growth['moved']}",
+        )
+    )
+    write_results(options.name, rows)
     for width in options.widths:
         rows += bench_width(width, SHAPES[width], options.steps, link)
+        write_results(options.name, rows)  # what was measured outlives a time limit
         gc.collect()
         torch.cuda.empty_cache()
     hooks = [r["value"] for r in rows if ".hook_us_" in r["id"]]
     pools = [r["value"] for r in rows if ".pool_" in r["id"]]
+    outstanding = max(pools) + engine["outstanding"] + growth["left"]
     rows.append(
         row("storm.hook_us", max(hooks), "us", note="median over all hooks, the worst width and budget")
     )
-    rows.append(row("storm.pool_outstanding_bytes", max(pools) + engine["outstanding"], "bytes"))
-    print(f"hook median {max(hooks):.1f} us; outstanding {max(pools) + engine['outstanding']:.0f} bytes")
+    rows.append(row("storm.pool_outstanding_bytes", outstanding, "bytes"))
+    print(f"hook median {max(hooks):.1f} us; outstanding {outstanding:.0f} bytes")
     print(write_results(options.name, rows))
 
 

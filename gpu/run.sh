@@ -9,7 +9,7 @@ export OUT OVERSPILL_REQUIRE_GPU=1 PYTHONUNBUFFERED=1 COMMIT=${COMMIT:-$(cat $BU
 mkdir -p "$OUT"
 python3 -c 'import torch; assert torch.cuda.is_available()' || { echo "no GPU"; exit 1; }
 python3 -m pip install -q --no-index --no-deps --no-compile --target /tmp/overspill-site --upgrade $BUNDLE/*.whl
-export PYTHONPATH=/tmp/overspill-site:$PWD/$BUNDLE
+export PYTHONPATH=/tmp/overspill-site:$PWD/$BUNDLE/peers LINK_SPEED=$PWD/$BUNDLE/link_speed
 mkdir -p target/demo && tar -xf $BUNDLE/model.tar.xz -C target/demo
 summary=()
 step() {  # NAME SECONDS COMMAND...
