@@ -33,12 +33,19 @@ pub struct Args {
     spill_dir: PathBuf,
 }
 
-/// What was measured; absent where it could not be.
+/// What was measured, or why it could not be.
 struct Speeds {
-    link: Option<LinkSpeed>,
-    reserve_gib_per_s: Option<f64>,
-    /// Write and read, GB/s, or why not.
-    disk_gbps: Result<(f64, f64), String>,
+    link: Result<LinkSpeed, String>,
+    reserve_gib_per_s: Result<f64, String>,
+    disk: Result<DiskSpeed, String>,
+}
+
+/// The spill folder's disk.
+struct DiskSpeed {
+    write_gbps: f64,
+    read_gbps: f64,
+    /// Past the page cache.
+    direct: bool,
 }
 
 /// Runs the command.
@@ -56,24 +63,26 @@ pub fn run(args: &Args) -> Result<(), Failure> {
 
 impl Speeds {
     fn measure(facts: &Facts, args: &Args) -> Self {
-        let device: Option<DeviceRef> = match &facts.cuda {
-            Ok(cuda) if !cuda.gpus.is_empty() => {
-                CudaDevice::open(CudaConfig::default()).ok().map(|device| device as DeviceRef)
-            }
-            _ => Some(SimDevice::threads() as DeviceRef),
+        let device: Result<DeviceRef, String> = match &facts.cuda {
+            Ok(cuda) if !cuda.gpus.is_empty() => CudaDevice::open(CudaConfig::default())
+                .map(|device| device as DeviceRef)
+                .map_err(|error| error.to_string()),
+            _ => Ok(SimDevice::threads() as DeviceRef),
         };
         Self {
-            link: device.as_ref().and_then(|device| measure::link(device, 64 * MIB, 4).ok()),
-            reserve_gib_per_s: device
-                .as_ref()
-                .and_then(|device| measure::reserve_gib_per_s(device, 256 * MIB).ok()),
-            disk_gbps: disk(args).map_err(|error| error.to_string()),
+            link: device
+                .clone()
+                .and_then(|device| measure::link(&device, 64 * MIB, 4).map_err(|error| error.to_string())),
+            reserve_gib_per_s: device.and_then(|device| {
+                measure::reserve_gib_per_s(&device, 256 * MIB).map_err(|error| error.to_string())
+            }),
+            disk: disk(args).map_err(|error| error.to_string()),
         }
     }
 }
 
 /// Writes and reads 256 MiB past the page cache where the file system allows it.
-fn disk(args: &Args) -> std::io::Result<(f64, f64)> {
+fn disk(args: &Args) -> std::io::Result<DiskSpeed> {
     let file = DirectFile::create_in(&args.spill_dir)?;
     let slab = overspill_device::Device::alloc_host(&*SimDevice::threads(), 16 * MIB)
         .map_err(std::io::Error::other)?;
@@ -88,7 +97,8 @@ fn disk(args: &Args) -> std::io::Result<(f64, f64)> {
         }
         Ok(256.0 * MIB as f64 / begin.elapsed().as_secs_f64() / 1e9)
     };
-    Ok((timed(true)?, timed(false)?))
+    let (write_gbps, read_gbps) = (timed(true)?, timed(false)?);
+    Ok(DiskSpeed { write_gbps, read_gbps, direct: file.is_direct() })
 }
 
 /// What to change, most useful first.
@@ -110,8 +120,22 @@ fn advice(facts: &Facts, speeds: &Speeds) -> Vec<String> {
     if facts.host.wsl {
         advice.push("this is WSL2, which caps page-locked memory: give a smaller --host-budget".to_owned());
     }
-    if let Err(reason) = &speeds.disk_gbps {
-        advice.push(format!("the spill folder cannot be used ({reason}): name another with --spill-dir"));
+    if let Err(reason) = &speeds.link {
+        advice.push(format!("the link could not be measured: {reason}"));
+    }
+    if let Err(reason) = &speeds.reserve_gib_per_s {
+        advice.push(format!("host memory could not be reserved: {reason}"));
+    }
+    match &speeds.disk {
+        Err(reason) => {
+            advice.push(format!("the spill folder cannot be used ({reason}): name another with --spill-dir"));
+        }
+        Ok(disk) if !disk.direct => advice.push(
+            "the spill folder has no direct I/O (tmpfs?): what is spilled there fills the page cache, name \
+             another with --spill-dir"
+                .to_owned(),
+        ),
+        Ok(_) => {}
     }
     advice
 }
@@ -146,15 +170,20 @@ fn to_json(facts: &Facts, speeds: &Speeds, advice: &[String]) -> Value {
             |reason| json!({"absent": reason}),
             |found| json!({"path": found.path, "version": format!("{}.{}", found.version.0, found.version.1)}),
         ),
-        "link": speeds.link.as_ref().map(|link| json!({
-            "copy_bytes": link.copy_bytes, "offload_gbps": link.offload_gbps,
-            "onboard_gbps": link.onboard_gbps, "both_gbps": link.both_gbps,
-        })),
-        "reserve_gib_per_s": speeds.reserve_gib_per_s,
-        "disk": match &speeds.disk_gbps {
-            Ok((write, read)) => json!({"write_gbps": write, "read_gbps": read}),
-            Err(reason) => json!({"absent": reason}),
-        },
+        "link": speeds.link.as_ref().map_or_else(
+            |reason| json!({"absent": reason}),
+            |link| json!({
+                "copy_bytes": link.copy_bytes, "offload_gbps": link.offload_gbps,
+                "onboard_gbps": link.onboard_gbps, "both_gbps": link.both_gbps,
+            }),
+        ),
+        "reserve_gib_per_s": speeds.reserve_gib_per_s.as_ref().ok(),
+        "disk": speeds.disk.as_ref().map_or_else(
+            |reason| json!({"absent": reason}),
+            |disk| json!({
+                "write_gbps": disk.write_gbps, "read_gbps": disk.read_gbps, "direct_io": disk.direct,
+            }),
+        ),
         "advice": advice,
     })
 }
@@ -193,7 +222,7 @@ fn print_report(facts: &Facts, speeds: &Speeds, advice: &[String]) {
     if let Ok(nvrtc) = &facts.nvrtc {
         println!("nvrtc    {}.{} at {}", nvrtc.version.0, nvrtc.version.1, nvrtc.path);
     }
-    if let Some(link) = &speeds.link {
+    if let Ok(link) = &speeds.link {
         println!(
             "link     offload {:.1} GB/s, onboard {:.1} GB/s, both at once {:.1} GB/s each ({} MiB copies)",
             link.offload_gbps,
@@ -202,11 +231,16 @@ fn print_report(facts: &Facts, speeds: &Speeds, advice: &[String]) {
             link.copy_bytes / MIB
         );
     }
-    if let Some(speed) = speeds.reserve_gib_per_s {
+    if let Ok(speed) = &speeds.reserve_gib_per_s {
         println!("reserve  {speed:.1} GiB/s of host memory");
     }
-    if let Ok((write, read)) = &speeds.disk_gbps {
-        println!("disk     write {write:.1} GB/s, read {read:.1} GB/s");
+    if let Ok(disk) = &speeds.disk {
+        println!(
+            "disk     write {:.1} GB/s, read {:.1} GB/s{}",
+            disk.write_gbps,
+            disk.read_gbps,
+            if disk.direct { "" } else { " through the page cache" },
+        );
     }
     for line in advice {
         println!("advice   {line}");
