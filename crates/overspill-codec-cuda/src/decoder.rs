@@ -9,7 +9,7 @@ use overspill_device::nvrtc::{Nvrtc, cache::KernelCache};
 use overspill_device::{Device, DeviceRange, StreamRef, kernels};
 use thiserror::Error;
 
-use crate::plan::{Family, Job, LeftChunk, Places, Plan, THREADS, sparse_capacity};
+use crate::plan::{Family, Job, LeftChunk, Places, Plan, THREADS, USUAL_SPARSE_BYTES, sparse_capacity};
 
 /// What a decoder can meet.
 #[derive(Debug, Error)]
@@ -70,9 +70,9 @@ pub struct Decoder {
 /// Dynamic shared memory of a block of mode S.
 #[derive(Debug, Clone, Copy)]
 struct SharedMemory {
-    /// So that three blocks fit a multiprocessor where it has 228 KiB.
+    /// In the first round.
     usual_bytes: u32,
-    /// All that a block can have.
+    /// In the second, of what did not fit: all that a block can have.
     most_bytes: u32,
 }
 
@@ -102,7 +102,7 @@ impl Decoder {
             device: Arc::clone(device),
             kernels: found.collect::<Result<_>>()?,
             scratch: Mutex::new(None),
-            shared: SharedMemory { usual_bytes: most_bytes.min(44 << 10), most_bytes },
+            shared: SharedMemory { usual_bytes: most_bytes.min(USUAL_SPARSE_BYTES), most_bytes },
         })
     }
 

@@ -9,6 +9,8 @@ use overspill_device::cuda::Arg;
 
 /// Threads of every block; the kernels are written for it.
 pub const THREADS: u32 = 256;
+/// Dynamic shared memory that a block of mode S has at first: three blocks fit a multiprocessor of 228 KiB.
+pub const USUAL_SPARSE_BYTES: u32 = 44 << 10;
 /// Chunks that a block of modes D and W takes, a warp each.
 const CHUNKS_A_BLOCK: u32 = 8;
 /// Bytes of a slot table with one byte a slot, and of the list of its entries.

@@ -8,10 +8,12 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use common::{Case, goldens, random};
+use common::{Case, goldens, random, training_step};
 use libloading::{Library, Symbol};
-use overspill_codec::{BaseKind, FlatTables, LINK_CHUNK_WORDS, LinkFormat, link_encode};
-use overspill_codec_cuda::plan::{Family, Job, Places, Plan, THREADS, sparse_capacity};
+use overspill_codec::{
+    Base, BaseKind, Dtype, EncodeOptions, FlatTables, LINK_CHUNK_WORDS, LinkFormat, RECORD_BYTES, link_encode,
+};
+use overspill_codec_cuda::plan::{Family, Job, Places, Plan, THREADS, USUAL_SPARSE_BYTES, sparse_capacity};
 use overspill_device::{cuda::Arg, kernels};
 
 type Emulate = unsafe extern "C" fn(*mut std::ffi::c_void, u32, u32, *const u64, u32);
@@ -200,6 +202,17 @@ fn random_segments_decode() {
     let decoded = (0..count).filter(|&seed| check(&library, &random(seed, 60_000))).count();
     eprintln!("{decoded} of {count} decoded by kernels");
     assert!(decoded * 10 > count as usize * 7);
+}
+
+#[test]
+fn a_step_of_training_fits_the_usual_block() {
+    let Some(emulator) = emulator() else { return };
+    let library = emulator.lock().unwrap_or_else(PoisonError::into_inner);
+    let (old, new) = training_step(7, 5.2e-7, 1 << 18);
+    let options = EncodeOptions { row_words: 4096, ..EncodeOptions::default() };
+    let case = Case::encode("a step".into(), Base::Words(&old), new, Dtype::Bf16, &options);
+    assert_eq!(case.index.len(), RECORD_BYTES, "one chunk of 2^18 words");
+    assert_eq!(decode(&library, &case, true, false, USUAL_SPARSE_BYTES), Ok(Some(case.last.clone())));
 }
 
 #[test]

@@ -92,11 +92,17 @@ fn dense_bits(draft: &Draft) -> f64 {
     table_bits(&draft.values, zeros(draft)) + draft.changed + 12.0
 }
 
+/// Whether a class gets a symbol for every word. Where few of its words change the two codes are equally long, and
+/// a symbol a change is a fraction of the symbols to decode.
+fn is_dense(draft: &Draft, is_step: bool) -> bool {
+    is_step && draft.changed * 4.0 > draft.population && dense_bits(draft) < gap_bits(draft, is_step)
+}
+
 fn sparse_cost(draft: &Draft, is_step: bool) -> f64 {
     if draft.changed == 0.0 {
         3.0
-    } else if is_step {
-        gap_bits(draft, is_step).min(dense_bits(draft))
+    } else if is_dense(draft, is_step) {
+        dense_bits(draft)
     } else {
         gap_bits(draft, is_step)
     }
@@ -135,16 +141,30 @@ fn drafts(histogram: &Histogram, coded_share: f64, most: usize, cost: impl Fn(&D
     drafts
 }
 
-/// Classes for mode S, and the estimated bits of the segment. `coded_share` is the share of words in rows that
-/// are coded at all.
-pub(crate) fn sparse(histogram: &Histogram, coded_share: f64, is_step: bool) -> (Vec<ClassPlan>, f64) {
+/// Classes for mode S.
+pub(crate) struct SparsePlan {
+    pub(crate) classes: Vec<ClassPlan>,
+    /// Estimated bits of the segment.
+    pub(crate) bits: f64,
+    /// Estimated gap symbols of the segment, and words of dense classes: what a decoder holds at once of a chunk.
+    pub(crate) symbols: f64,
+}
+
+/// Classes for mode S. `coded_share` is the share of words in rows that are coded at all.
+pub(crate) fn sparse(histogram: &Histogram, coded_share: f64, is_step: bool) -> SparsePlan {
     let drafts = drafts(histogram, coded_share, SPARSE_CLASSES, |draft| sparse_cost(draft, is_step));
     let bits = drafts.iter().map(|draft| draft.bits).sum::<f64>() + histogram.raw_bits as f64;
-    let plans = drafts.iter().map(|draft| {
+    let symbols = drafts.iter().map(|draft| match draft.changed {
+        0.0 => 0.0,
+        _ if is_dense(draft, is_step) => draft.population,
+        changed => changed,
+    });
+    let symbols = symbols.sum();
+    let classes = drafts.iter().map(|draft| {
         if draft.changed == 0.0 {
             return ClassPlan { high: draft.high, kind: ClassKind::Still, values: None, gaps: None };
         }
-        if is_step && dense_bits(draft) < gap_bits(draft, is_step) {
+        if is_dense(draft, is_step) {
             let values = Some(fit_with_zero(draft));
             return ClassPlan { high: draft.high, kind: ClassKind::Dense, values, gaps: None };
         }
@@ -153,7 +173,7 @@ pub(crate) fn sparse(histogram: &Histogram, coded_share: f64, is_step: bool) -> 
             if is_step && only_ones(&draft.values) { None } else { Some(Frequencies::fit(&draft.values).0) };
         ClassPlan { high: draft.high, kind: ClassKind::Gaps(rate), values, gaps: None }
     });
-    (plans.collect(), bits)
+    SparsePlan { classes: classes.collect(), bits, symbols }
 }
 
 /// Classes for mode D, and the estimated bits of the segment.

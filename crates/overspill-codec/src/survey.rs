@@ -18,6 +18,9 @@ const LARGEST_LOG2: u32 = 22;
 /// Payload that a chunk of mode S is sized for, in bits: large against its record and header (about 40 bytes), and
 /// small enough that a few million words make work for a whole GPU.
 const PAYLOAD_TARGET_BITS: f64 = 8192.0 * 8.0;
+/// What a decoder holds of a chunk of mode S, in bytes: 4 and a word a symbol. Three blocks of a GPU's multiprocessor
+/// have 44 KiB each; chunks differ by a few percent.
+const SYMBOL_BYTES_TARGET: f64 = 0.95 * 45056.0;
 /// Above this many words, key populations are estimated from one block in eight.
 const SAMPLE_ABOVE_WORDS: usize = 1 << 18;
 const SAMPLE_STRIDE: usize = 8;
@@ -137,10 +140,12 @@ impl Survey {
         let coded_share = rows.map_or(1.0, |(_, share)| share);
         let quantized = matches!(spec.base, BaseKind::Quantized(_));
         if !is_dense(self.changed(), spec.words) && !quantized {
-            let (classes, bits) = plan::sparse(histogram, coded_share, map.is_step);
-            let words = PAYLOAD_TARGET_BITS * spec.words as f64 / bits;
+            let plan = plan::sparse(histogram, coded_share, map.is_step);
+            let share = (PAYLOAD_TARGET_BITS / plan.bits)
+                .min(SYMBOL_BYTES_TARGET / (plan.symbols * (4.0 + W::BYTES as f64)).max(1.0));
+            let words = share * spec.words as f64;
             head.chunk_log2 = (words.log2() as u32).clamp(GRAIN_LOG2, LARGEST_LOG2);
-            head.sparse = Some((rows.map(|(rate, _)| rate), classes));
+            head.sparse = Some((rows.map(|(rate, _)| rate), plan.classes));
         }
         let chunk_words = 1usize << head.chunk_log2;
         let words_of = |chunk: usize| chunk_words.min(spec.words - chunk * chunk_words);
@@ -149,7 +154,7 @@ impl Survey {
             |chunk: usize| !quantized && !is_dense(self.changed_in(chunk, head.chunk_log2), words_of(chunk));
         if head.sparse.is_none() && chunks.clone().any(is_sparse) {
             head.sparse =
-                Some((rows.map(|(rate, _)| rate), plan::sparse(histogram, coded_share, map.is_step).0));
+                Some((rows.map(|(rate, _)| rate), plan::sparse(histogram, coded_share, map.is_step).classes));
         }
         if chunks.clone().all(is_sparse) {
             return head;

@@ -115,6 +115,31 @@ fn golden(label: String, mut bytes: &[u8]) -> Case {
     Case { label, spec, base, last, head, index, blob }
 }
 
+/// N(0, 1).
+pub fn normal(rng: &mut fastrand::Rng) -> f32 {
+    let radius = (-2.0 * (1.0 - rng.f32()).ln()).sqrt();
+    radius * (std::f32::consts::TAU * rng.f32()).cos()
+}
+
+/// Rounded to nearest, ties to even.
+pub fn bf16(value: f32) -> [u8; 2] {
+    let bits = value.to_bits();
+    ((bits + 0x7fff + (bits >> 16 & 1)) >> 16).to_le_bytes()[..2].try_into().expect("two bytes")
+}
+
+/// Random weights N(0, 0.02) under fp32 masters, and a step of `lr` in a random direction.
+pub fn training_step(seed: u64, lr: f32, words: usize) -> (Vec<u8>, Vec<u8>) {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let (mut old, mut new) = (Vec::with_capacity(2 * words), Vec::with_capacity(2 * words));
+    for _ in 0..words {
+        let master = 0.02 * normal(&mut rng);
+        let moved = if rng.bool() { master + lr } else { master - lr };
+        old.extend_from_slice(&bf16(master));
+        new.extend_from_slice(&bf16(moved));
+    }
+    (old, new)
+}
+
 fn weight(rng: &mut fastrand::Rng) -> f32 {
     ((0..4).map(|_| rng.f32()).sum::<f32>() - 2.0) * 0.05
 }

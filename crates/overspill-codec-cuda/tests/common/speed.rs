@@ -8,33 +8,10 @@ use overspill_device::cuda::CudaDevice;
 use overspill_device::{Device, DeviceRange, EventRef};
 
 use super::Rig;
-use super::common::Case;
+use super::common::{Case, bf16, normal, training_step};
 
 const WORDS: usize = 1 << 24;
 const CONTENTS: u64 = 4;
-
-fn normal(rng: &mut fastrand::Rng) -> f32 {
-    let radius = (-2.0 * (1.0 - rng.f32()).ln()).sqrt();
-    radius * (std::f32::consts::TAU * rng.f32()).cos()
-}
-
-fn bf16(value: f32) -> [u8; 2] {
-    let bits = value.to_bits();
-    ((bits + 0x7fff + (bits >> 16 & 1)) >> 16).to_le_bytes()[..2].try_into().expect("two bytes")
-}
-
-/// Random weights N(0, 0.02) under fp32 masters, and a step of `lr` in a random direction.
-fn step(seed: u64, lr: f32, words: usize) -> (Vec<u8>, Vec<u8>) {
-    let mut rng = fastrand::Rng::with_seed(seed);
-    let (mut old, mut new) = (Vec::with_capacity(2 * words), Vec::with_capacity(2 * words));
-    for _ in 0..words {
-        let master = 0.02 * normal(&mut rng);
-        let moved = if rng.bool() { master + lr } else { master - lr };
-        old.extend_from_slice(&bf16(master));
-        new.extend_from_slice(&bf16(moved));
-    }
-    (old, new)
-}
 
 fn share_changed(old: &[u8], new: &[u8]) -> f64 {
     let pairs = old.chunks_exact(2).zip(new.chunks_exact(2));
@@ -46,7 +23,7 @@ fn lr_for(share: f64) -> f32 {
     let (mut low, mut high) = (1e-8f32, 1.0f32);
     for _ in 0..20 {
         let middle = (low * high).sqrt();
-        let (old, new) = step(99, middle, 1 << 18);
+        let (old, new) = training_step(99, middle, 1 << 18);
         if share_changed(&old, &new) < share { low = middle } else { high = middle }
     }
     low
@@ -54,7 +31,7 @@ fn lr_for(share: f64) -> f32 {
 
 fn cases(lr: f32, standalone: bool) -> Vec<Case> {
     let make = |seed| {
-        let (old, new) = step(seed, lr, WORDS);
+        let (old, new) = training_step(seed, lr, WORDS);
         let base = if standalone { Base::None } else { Base::Words(&old) };
         let options = EncodeOptions { row_words: 4096, ..EncodeOptions::default() };
         let mut case = Case::encode(String::new(), base, new, Dtype::Bf16, &options);
