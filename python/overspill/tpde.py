@@ -14,6 +14,11 @@ numpy arrays. A patch is a path or bytes. Nothing here needs torch unless a stat
 A model that is resident is patched where it lies, on CUDA by kernels::
 
     tpde.open("101.tpde").apply_(model)
+
+Many fine-tunes live over one resident base, each a patch::
+
+    tunes = tpde.variants(model, {"law": "law.tpde", "code": "code.tpde"})
+    tunes.switch("law")
 """
 
 from __future__ import annotations
@@ -22,11 +27,14 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import _native
 
-__all__ = ["Packed", "Patch", "TensorInfo", "apply", "inspect", "open", "pack", "state_id"]
+if TYPE_CHECKING:
+    from ._variants import Variants
+
+__all__ = ["Packed", "Patch", "TensorInfo", "apply", "inspect", "open", "pack", "state_id", "variants"]
 
 DEFAULT_MEMORY_BYTES = 1536 << 20
 
@@ -149,7 +157,7 @@ _STATE = "_overspill_state_id"
 
 def _in_place(target: Any, needed: Mapping[str, TensorInfo]) -> dict[str, Any]:
     """The tensors that a patch is applied to, in its order, each checked to be what the patch says."""
-    found = target if isinstance(target, Mapping) else target.state_dict(keep_vars=True)
+    found = tensors_of(target)
     missing = [name for name in needed if name not in found]
     if missing:
         raise ValueError(f"no tensor {missing[0]!r} to apply to, and {len(missing) - 1} more are missing")
@@ -412,6 +420,27 @@ def state_id(
     if source.native is None:
         raise ValueError("nothing to hash")
     return _native.tpde_state_id(source.native, memory_bytes=memory_bytes, threads=threads)
+
+
+def tensors_of(target: Any) -> StateDict:
+    """The tensors of a module or a mapping, by name."""
+    return target if isinstance(target, Mapping) else target.state_dict(keep_vars=True)
+
+
+def resident_id(target: Any) -> str:
+    """The id of a module's or a mapping's state: what :meth:`Patch.apply_` left, else hashed."""
+    return getattr(target, _STATE, None) or state_id(tensors_of(target))
+
+
+def variants(model: Any, patches: Mapping[str, PathType | bytes | Patch]) -> Variants:
+    """Many fine-tunes over one resident base: ``patches`` are of the weights that ``model`` holds now.
+
+    ``switch(name)`` turns the weights into a variant where they lie, bit for bit, ``switch(None)`` back into the
+    base. ``model`` is a module or a mapping, as for :meth:`Patch.apply_`.
+    """
+    from ._variants import Variants
+
+    return Variants(model, patches)
 
 
 def inspect(patch: PathType | bytes | Patch) -> dict[str, Any]:
