@@ -1,8 +1,9 @@
 """Djinn on a GPU: swap speed, pauses, resumes and decode of a Llama-2-13B shape.
 
 fp16, random weights built on the GPU, 2048 tokens of random prompt: 819,200 bytes of keys and values a
-token, 1.678 GB a session. Prints a table and writes ``djinn_sessions.json``. Each part runs even if one
-before it failed; a figure that could not be taken is absent. Figures are medians of ``--repeats``.
+token, 1.678 GB a session. Prints a table and writes ``djinn_sessions.json`` after every part. Each part runs
+even if one before it failed; a figure that could not be taken is absent. Figures are medians of ``--repeats``
+or twice as many.
 
     python bench/djinn_sessions.py [--only swap,pause,...] [--layers 40] [--tokens 2048]
 """
@@ -26,6 +27,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Static
 
 from common import median, row, write_results
 from overspill.djinn import Break, Generated, Output, Paused, Session, SessionPool
+from overspill.djinn.attention import repeatable_attention
 
 NOTE = "Llama-2-13B shape, fp16, random weights"
 GB = 1e9
@@ -208,35 +210,36 @@ class Bench:
         session.close()
 
     def part_resume(self) -> None:
-        pool = self.pool
-        plain = []
-        for i in range(self.repeats + 1):
-            session = pool.session("never")
-            plain.append(timed_ms(lambda s=session: s.run(self.ids, logits_to_keep=1), copies=False))
-            pool.synchronize()
-            session.close()
-            if i == 0:
-                plain.clear()
-        self.add(
-            "prefill_ms",
-            median(plain),
-            "ms",
-            note=f"{self.tokens} tokens, a session that is never paused, written through meanwhile",
-        )
-        for layer in (self.layers // 4, self.layers // 2, 3 * self.layers // 4):
-            times, evicts = [], []
-            for _ in range(self.repeats + 1):
-                session = pool.session("paused")
-                first = timed_ms(
-                    lambda s=session, at=layer: s.run(self.ids, [Break(at)], logits_to_keep=1), copies=False
-                )
-                evicts.append(timed_ms(lambda s=session: (s.evict(), pool.synchronize())))
-                times.append(first + timed_ms(session.resume, copies=False))
-                pool.synchronize()
-                session.close()
-            over = 100 * (median(times[1:]) / median(plain) - 1)
-            note = f"run to the pause + resume until the logits are there, {median(times[1:]):.1f} over {median(plain):.1f} ms; eviction between them, {median(evicts):.2f} ms, not counted"
-            self.add(f"resume_overhead_pct.l{layer}", over, "%", note=note)
+        """Prefills that pause at a layer over prefills that do not, in turns."""
+        stops = (self.layers // 4, self.layers // 2, 3 * self.layers // 4)
+        plain: list[float] = []
+        times: dict[int, list[float]] = {layer: [] for layer in stops}
+        evicts: dict[int, list[float]] = {layer: [] for layer in stops}
+        for _ in range(2 * self.repeats):
+            plain.append(self._prefill_ms(None)[0])
+            for layer in stops:
+                took, evicted = self._prefill_ms(layer)
+                times[layer].append(took)
+                evicts[layer].append(evicted)
+        never = median(plain[1:])
+        note = f"{self.tokens} tokens, a session that is never paused, written through meanwhile"
+        self.add("prefill_ms", never, "ms", note=note)
+        for layer in stops:
+            took = median(times[layer][1:])
+            note = f"run to the pause + resume until the logits are there, {took:.1f} over {never:.1f} ms; eviction between them, {median(evicts[layer][1:]):.2f} ms, not counted"
+            self.add(f"resume_overhead_pct.l{layer}", 100 * (took / never - 1), "%", note=note)
+
+    def _prefill_ms(self, layer: int | None) -> tuple[float, float]:
+        """A prefill, paused after ``layer``: running it, and evicting it there."""
+        session, pool, evicted = self.pool.session("prefill"), self.pool, 0.0
+        breaks = [] if layer is None else [Break(layer)]
+        took = timed_ms(lambda: session.run(self.ids, breaks, logits_to_keep=1), copies=False)
+        if layer is not None:
+            evicted = timed_ms(lambda: (session.evict(), pool.synchronize()))
+            took += timed_ms(session.resume, copies=False)
+        pool.synchronize()
+        session.close()
+        return took, evicted
 
     def part_decode(self) -> None:
         session = self.prefilled("decode")
@@ -295,84 +298,95 @@ class Bench:
         session.close()
 
     def part_unarmed(self) -> None:
-        self.pool._fixed, fixed = None, self.pool._fixed  # exact length, as the plain call has
+        """Sessions that nothing interrupts over plain calls, at exact length as those; of the plain calls the
+        faster: with torch's choice of attention, and without cuDNN's, which sessions do without.
+        """
+        self.pool._fixed, fixed = None, self.pool._fixed
         try:
-            ids, worst = torch.tensor([self.ids], device="cuda"), []
-            step = torch.tensor([[5]], device="cuda")
-
-            def plain_prefill() -> Any:
-                cache = DynamicCache(config=self.model.config)
-                self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
-                return cache
-
-            with torch.no_grad():
-                plain, ours = [], []
-                for _ in range(self.repeats + 1):
-                    plain.append(timed_ms(plain_prefill))
-                    session = self.pool.session("unarmed")
-                    ours.append(timed_ms(lambda s=session: s.run(ids, logits_to_keep=1)))
-                    session.close()
-                over = 100 * (median(ours[1:]) / median(plain[1:]) - 1)
+            worst = []
+            for name, count, plain, ours in (
+                ("prefill", 1, *self._prefills()),
+                ("decode", 8, *self._decodes()),
+            ):
+                peers: dict[bool, list[float]] = {True: [], False: []}
+                times: list[float] = []
+                for i in range(2 * self.repeats):
+                    for which in [True, False, None] if i % 2 else [None, False, True]:
+                        if which is not None:
+                            torch.backends.cuda.enable_cudnn_sdp(which)
+                        work = ours if which is None else plain
+                        took = timed_ms(lambda work=work, count=count: [work() for _ in range(count)]) / count
+                        torch.backends.cuda.enable_cudnn_sdp(True)
+                        (times if which is None else peers[which]).append(took)
+                peer = min(median(one[1:]) for one in peers.values())
+                over = 100 * (median(times[1:]) / peer - 1)
                 worst.append(over)
-                self.add(
-                    "unarmed_overhead_pct.prefill",
-                    over,
-                    "%",
-                    peer="model(ids, DynamicCache)",
-                    peer_value=median(plain[1:]),
-                    note=f"{median(ours[1:]):.2f} ms",
+                others = ", ".join(
+                    f"{median(one[1:]):.2f} with{'' if which else 'out'} cuDNN's attention"
+                    for which, one in peers.items()
                 )
-                cache, session = plain_prefill(), self.prefilled("unarmed")
-                plain, ours = [], []
-                for _ in range(8 * self.repeats):
-                    plain.append(
-                        timed_ms(lambda: self.model(input_ids=step, past_key_values=cache, logits_to_keep=1))
-                    )
-                    ours.append(timed_ms(lambda: session.run(step, logits_to_keep=1)))
-                over = 100 * (median(ours[2:]) / median(plain[2:]) - 1)
-                worst.append(over)
-                self.add(
-                    "unarmed_overhead_pct.decode",
-                    over,
-                    "%",
-                    peer="model(ids, DynamicCache)",
-                    peer_value=median(plain[2:]),
-                    note=f"{median(ours[2:]):.2f} ms",
-                )
+                note = f"{median(times[1:]):.2f} ms, written through meanwhile, the last copy waited for; {count} a sample; plain {others}"
+                self.add(f"unarmed_overhead_pct.{name}", over, "%", peer="model(ids, DynamicCache)", peer_value=peer, note=note)  # fmt: skip
+            for session in self.pool.sessions():
                 session.close()
-            self.add(
-                "unarmed_overhead_pct",
-                max(worst),
-                "%",
-                note="the worse of prefill and decode, written through meanwhile",
-            )
+            self.add("unarmed_overhead_pct", max(worst), "%", note="the worse of prefill and decode")
         finally:
             self.pool._fixed = fixed
+
+    def _prefills(self) -> tuple[Callable[[], None], Callable[[], None]]:
+        ids = torch.tensor([self.ids], device="cuda")
+
+        def plain() -> None:
+            with torch.no_grad():
+                cache = DynamicCache(config=self.model.config)
+                self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+
+        def ours() -> None:
+            if (session := self.pool._sessions.get("unarmed")) is not None:
+                session.close()
+            self.pool.session("unarmed").run(self.ids, logits_to_keep=1)
+
+        return plain, ours
+
+    def _decodes(self) -> tuple[Callable[[], None], Callable[[], None]]:
+        ids, step = torch.tensor([self.ids], device="cuda"), torch.tensor([[5]], device="cuda")
+        caches = [DynamicCache(config=self.model.config) for _ in range(2)]
+        with torch.no_grad():
+            for cache in caches:
+                self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        session = self.prefilled("unarmed decode")
+
+        def plain() -> None:
+            with torch.no_grad():
+                cache = caches[torch.backends.cuda.cudnn_sdp_enabled()]
+                self.model(input_ids=step, past_key_values=cache, logits_to_keep=1)
+
+        def ours() -> None:
+            session.run([5], logits_to_keep=1)
+
+        return plain, ours
 
     def part_bitwise(self) -> None:
         """In a process of its own: deterministic algorithms, which the speed runs do not have."""
         with tempfile.TemporaryDirectory() as folder:
-            command = [
-                sys.executable,
-                __file__,
-                "--exact",
-                folder,
-                "--layers",
-                str(self.layers),
-                "--tokens",
-                str(self.tokens),
-            ]
+            shape = ["--layers", str(self.layers), "--tokens", str(self.tokens)]
+            command = [sys.executable, __file__, "--exact", folder, *shape]
             subprocess.run(command, check=True, env={**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
             tried = json.loads((Path(folder) / "exact.json").read_text())
-        same = sum(found for found, _ in tried.values())
-        count = sum(of for _, of in tried.values())
-        parts = ", ".join(f"{name} {found}/{of}" for name, (found, of) in tried.items())
-        self.add(
-            "bitwise",
-            float(same == count),
-            "bool",
-            note=f"{same} of {count} torch.equal, deterministic algorithms: {parts}",
-        )
+        self._bits("bitwise", "deterministic algorithms", tried)
+
+    def part_bitwise_defaults(self) -> None:
+        """With what the speed runs have: torch's defaults."""
+        self._bits("bitwise_defaults", "torch's defaults", self.exact())
+
+    def _bits(self, goal: str, how: str, tried: dict[str, tuple[int, int]]) -> None:
+        """A row for pauses against never pausing, one for never pausing against transformers."""
+        for end, wanted in (("", False), ("_transformers", True)):
+            kinds = {kind: found for kind, found in tried.items() if ("transformers" in kind) == wanted}
+            same, count = (sum(found[i] for found in kinds.values()) for i in (0, 1))
+            parts = ", ".join(f"{kind} {found}/{of}" for kind, (found, of) in kinds.items())
+            note = f"{same} of {count} torch.equal, {how}: {parts}"
+            self.add(f"{goal}{end}", float(same == count), "bool", note=note)
 
     def exact(self) -> dict[str, tuple[int, int]]:
         """How many pauses and generations give the logits of never pausing, of how many, by kind."""
@@ -426,12 +440,21 @@ class Bench:
                 print(f"{kind}: {outcome.tokens} against {never.tokens}")
             pool.session("never").close()
             session.close()
-        plain = self.model(
-            torch.tensor([self.ids], device="cuda"),
-            past_key_values=DynamicCache(config=self.model.config),
-            logits_to_keep=1,
-        )
-        compare("prefill, against transformers with DynamicCache", expected, plain)
+        pool._fixed = None
+        cache, session = DynamicCache(config=self.model.config), pool.session("plain")
+        for step in range(4):
+            ids = [5] if step else self.ids
+            with repeatable_attention(session.tokens), torch.no_grad():
+                plain = self.model(
+                    torch.tensor([ids], device="cuda"), past_key_values=cache, logits_to_keep=1
+                )
+            compare(
+                f"{'decode' if step else 'prefill'}, against transformers with DynamicCache",
+                session.run(ids, logits_to_keep=1),
+                plain,
+            )
+        session.close()
+        pool._fixed = decoder
         return tried
 
     def _prefill_paused(self, breaks: list[Break]) -> Any:
@@ -479,7 +502,7 @@ def main() -> int:
                 except Exception as error:
                     print(f"closing {session}: {error}")
         print(f"-- {part}: {time.perf_counter() - began:.1f} s", flush=True)
-    write_results("djinn_sessions", bench.rows)
+        write_results("djinn_sessions", bench.rows)
     for one in bench.rows:
         print(f"{one['id']:<36} {one['value']:>10.4g} {one['unit']}")
     print(f"{len(bench.rows)} figures; failed parts: {failed or 'none'}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from djinn_models import CONFIGS, model, prompt
@@ -51,3 +53,38 @@ def test_an_end_token_ends_a_burst() -> None:
     rest = session.generate([], 3)
     assert isinstance(rest, Generated)
     assert rest.tokens == never.tokens[len(found.tokens) :][:3]
+
+
+def test_forwards_that_see_earlier_tokens_do_without_cudnns_attention() -> None:
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    made, seen = model("llama", "sdpa"), []
+    hook = made.register_forward_pre_hook(lambda module, inputs: seen.append(enabled()))
+    try:
+        session = pool("llama", fixed_decode=True).session("s")
+        session.run(prompt(5))
+        paused = session.run([5, 6], [Break(1)])  # stops by an exception
+        assert enabled()
+        assert isinstance(paused, Paused)
+        paused.resume()
+        session.generate([7], 2)
+    finally:
+        hook.remove()
+    assert enabled()
+    assert seen == [True, False, False, False, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_graphs_are_captured_again_after_all_of_them_are_gone() -> None:
+    sessions = SessionPool(
+        copy.deepcopy(model("llama", "sdpa")).cuda(), arena_budget="2MiB", host_budget="64MiB",
+        session_tokens=48, fixed_decode=True,
+    )  # fmt: skip
+    found = []
+    for name in "ab":
+        found.append(sessions.session(name).generate(prompt(12), 9))
+        assert sessions._fixed is not None and sessions._fixed._graphs
+        sessions._fixed._graphs.clear()
+        sessions.session(name).close()
+    assert isinstance(found[0], Generated) and isinstance(found[1], Generated)
+    assert found[0].tokens == found[1].tokens and torch.equal(found[0].logits, found[1].logits)

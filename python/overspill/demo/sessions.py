@@ -4,7 +4,8 @@
 of its own and stops at the middle layer of its first forward and of two decode steps; at each stop the next
 session takes its turn, so that every session leaves the device while it stands within a forward. One more
 is steered there. The reference is the same session in a pool of its own that is never paused, and
-transformers' own ``generate`` with its own cache.
+transformers' own ``generate`` with its own cache. ``--every-layer`` proves the model instead: after every
+layer of a prefill and of decode steps a session is paused, evicted, overwritten by another and resumed.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from overspill._units import format_bytes
-from overspill.djinn import Break, Generated, Paused, SessionPool
+from overspill.djinn import Break, Generated, Output, Paused, SessionPool
 
 from .data import prepare
 
@@ -138,15 +139,50 @@ def _steered(model: PreTrainedModel, pool: SessionPool, ids: list[int], layer: i
     return {"identical": outcome.tokens == expected, "changed": expected != _transformers(model, ids)}
 
 
+def every_layer(model_dir: Path, ids: list[int], device: str, steps: int) -> tuple[int, int]:
+    """How many pauses give the logits of transformers with its own cache, bit for bit, and of how many."""
+    torch.use_deterministic_algorithms(True)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model.to(device).eval()
+    pool, cache = _pool(model, 1), DynamicCache(config=model.config)
+    base, other = pool.session("base"), pool.session("other")
+    feed, same, tried = ids, 0, 0
+    for _ in range(1 + steps):
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([feed], device=device), past_key_values=cache).logits
+        for layer in range(model.config.num_hidden_layers):
+            session = base.fork("paused")
+            outcome: Any = session.run(feed, [Break(layer)])
+            session.evict()
+            other.run([layer])  # takes the only slab
+            outcome = outcome.resume()
+            assert isinstance(outcome, Output)
+            same += torch.equal(outcome.logits, expected)
+            tried += 1
+            session.close()
+        base.run(feed)
+        feed = [int(expected[0, -1].argmax())]
+        other.close()
+        other = pool.session("other")
+    return same, tried
+
+
 def main() -> int:
     """Runs this part of the demo alone; 0 when everything was identical."""
     parser = argparse.ArgumentParser(prog="python -m overspill.demo.sessions", description=__doc__)
     parser.add_argument("--out", default="target/demo", help="folder for the report and the model")
-    out = Path(parser.parse_args().out)
+    parser.add_argument("--every-layer", action="store_true", help="prove every layer of the model instead")
+    options = parser.parse_args()
+    out = Path(options.out)
     token_count = 4608  # as the training part asks for by default, so that they share it
     prepare(out / "smollm2-135m", token_count)
     tokens = torch.load(out / "smollm2-135m" / f"tokens-{token_count}.pt")
-    report = run(out / "smollm2-135m", tokens, "cuda:0" if torch.cuda.is_available() else "cpu")
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    if options.every_layer:
+        same, tried = every_layer(out / "smollm2-135m", tokens[:PROMPT_TOKENS].tolist(), device, steps=3)
+        print(f"{same} of {tried} pauses gave the logits of transformers with its own cache")
+        return 0 if same == tried else 1
+    report = run(out / "smollm2-135m", tokens, device)
     (out / "sessions.json").write_text(json.dumps(report, indent=2) + "\n")
     print_table(report)
     return 0 if report["djinn.ok"] else 1

@@ -56,8 +56,8 @@ class SlabLayer(CacheLayerMixin):
             return seen[keys], seen[values]
         start = cache.start
         new = cache.rows(start, count)
-        new[keys].copy_(key_states)
-        new[values].copy_(value_states)
+        # One kernel for both where torch has one.
+        torch._foreach_copy_(new[keys : keys + 2], (key_states, value_states))
         first = self._first(start)
         seen = cache.rows(first, start + count - first)
         cache.wrote(self.index, start + count)
@@ -109,6 +109,10 @@ class SessionCache(Cache):
         if slab != self.slab or pending:
             self.forget()
         self.slab, self.slab_view, self.pending = slab, view, pending
+
+    def left(self) -> None:
+        """The forward is over: all of it has been enqueued."""
+        self.slab_view = None
         self.cuts.clear()
 
     def forget(self) -> None:

@@ -33,8 +33,7 @@ class FixedDecoder:
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         # Eager attention makes its mask from a tensor of the CPU's, which a graph cannot hold.
-        graphs = device.type == "cuda" and pool.model.config._attn_implementation == "sdpa"
-        self._memory = torch.cuda.graph_pool_handle() if graphs else None
+        self._captures = device.type == "cuda" and pool.model.config._attn_implementation == "sdpa"
 
     def length(self, tokens: int) -> int:
         """The bucket for a session of ``tokens``, the step's own included."""
@@ -82,7 +81,7 @@ class FixedDecoder:
         return chosen[:done].tolist(), logits.clone()
 
     def _run(self, session: Session, slab: int, length: int) -> torch.Tensor:
-        if self._memory is None:
+        if not self._captures:
             return self._call(session)
         key = (slab, length)
         if key not in self._graphs:
@@ -99,9 +98,12 @@ class FixedDecoder:
             for _ in range(WARM_STEPS):
                 self._call(session)
         torch.cuda.current_stream(self.ids.device).wait_stream(side)
+        # Steps never run at once, so their graphs share what memory they need beside the slabs. The memory is
+        # the graphs': torch refuses a handle of which every graph, the one that failed included, is gone.
+        memory = next((graph.pool() for graph, _ in self._graphs.values()), None)
         graph = torch.cuda.CUDAGraph()
         # Other threads may bring sessions back meanwhile.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
             logits = self._call(session)
         return graph, logits
 

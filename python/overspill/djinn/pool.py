@@ -17,6 +17,7 @@ from .._edge import edge_for
 from .._native import DjinnPool
 from .._units import format_bytes, parse_bytes
 from ..errors import BudgetError, FormatError, SessionError
+from .attention import StepAttention, repeatable_attention
 from .families import fingerprint, shape_of
 from .fixed import FixedDecoder
 from .session import Session
@@ -31,6 +32,9 @@ DEFAULT_SESSION_TOKENS = 4096
 # Sessions come back this long before they are due, per byte: the link of a PCIe Gen4 x16 slot, on the
 # safe side of what is measured on Gen5.
 LEAD_S_PER_BYTE = 1 / 20e9
+# Hidden states of at least this many bytes leave into page-locked memory: from ordinary memory they come
+# back at a sixth of the link.
+PINNED_BYTES = 1 << 20
 
 
 class SessionPool:
@@ -183,7 +187,17 @@ class SessionPool:
         self._sessions.pop(session.id, None)
 
     def _call(self, cache: Any, ids: torch.Tensor, keep: int) -> torch.Tensor:
-        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+        on_gpu = self.shape.device.type == "cuda"
+        step = StepAttention() if on_gpu and cache.fixed is not None else contextlib.nullcontext()
+        with repeatable_attention(cache.start), step:
+            return self.model(
+                input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep
+            ).logits
+
+    def _ids(self, ids: list[int]) -> torch.Tensor:
+        """Token ids on the device, without waiting for what it does."""
+        on_gpu = self.shape.device.type == "cuda"
+        return torch.tensor([ids], pin_memory=on_gpu).to(self.shape.device, non_blocking=True)
 
     def _stream(self) -> int:
         return self._edge.stream()
@@ -231,7 +245,7 @@ class SessionPool:
                 continue
             if not self._native.place(session._key)[0]:
                 changed = turn.hidden_changed or turn.hidden._version != turn.hidden_version
-                turn.hidden = turn.hidden.to("cpu")
+                turn.hidden = _host_copy(turn.hidden)
                 turn.hidden_changed, turn.hidden_version = changed, turn.hidden._version
 
     def _due(self, eta_ms: float) -> None:
@@ -240,6 +254,11 @@ class SessionPool:
         timer = threading.Timer(max(eta_ms / 1e3 - lead_s, 0.0), _tick, [weakref.ref(self)])
         timer.daemon = True
         timer.start()
+
+
+def _host_copy(hidden: torch.Tensor) -> torch.Tensor:
+    pinned = hidden.numel() * hidden.itemsize >= PINNED_BYTES
+    return torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=pinned).copy_(hidden)
 
 
 def _tick(reference: weakref.ref[SessionPool]) -> None:

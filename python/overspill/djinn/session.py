@@ -155,7 +155,7 @@ class Session:
         self._enter(len(turn.ids))
         try:
             with torch.no_grad(), self._fixed_step(len(turn.ids)):
-                ids = torch.tensor([turn.ids], device=pool.shape.device)
+                ids = pool._ids(turn.ids)
                 if turn.layer < 0 and not stops and not self.steering.interventions:
                     logits = pool._call(self.cache, ids, turn.keep)
                 else:
@@ -215,7 +215,7 @@ class Session:
     def _hidden_to_resume(self, turn: Turn) -> torch.Tensor | None:
         if turn.hidden is None:
             return None
-        hidden = turn.hidden.to(self.pool.shape.device)
+        hidden = turn.hidden.to(self.pool.shape.device, non_blocking=True)
         if turn.hidden_changed or turn.hidden._version != turn.hidden_version:
             check_hidden(hidden, hidden, turn.layer, self.id, "the hidden state that was set")
             self.steering.note("hidden", turn.layer, "", self.cache.start, hidden)
@@ -246,7 +246,8 @@ class Session:
 
     def _leave(self, end: int, pause: int | None, stream: int | None = None) -> None:
         native, stream = self.pool._native, self.pool._stream() if stream is None else stream
-        self._running, self._outside, self.cache.slab_view = False, False, None
+        self._running = self._outside = False
+        self.cache.left()
         if pause is None:
             native.wrote_all(self._key, end, stream)
         else:
@@ -256,7 +257,8 @@ class Session:
 
     def _abandon(self) -> None:
         self.cache.forget()
-        self._running, self._outside, self.cache.slab_view = False, False, None
+        self._running = self._outside = False
+        self.cache.left()
         self.pool._native.abandon(self._key, self.pool._stream())
 
     def _enter_from_outside(self, count: int) -> None:
