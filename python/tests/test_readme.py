@@ -70,11 +70,13 @@ def test_sessions_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("checkpoints")
 def test_commands_do_what_they_say() -> None:
-    commands = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
     commands = [command for command in commands if command[:1] == ["overspill"] and command[1] != "doctor"]
     assert len(commands) >= 3
     assert [run_cli(command) for command in commands] == [0] * len(commands)
-    assert torch.equal(load_file("restored.safetensors")["w"], load_file("step-101.safetensors")["w"])
+    expected = load_file("step-101.safetensors")["w"]
+    assert torch.equal(load_file("restored.safetensors")["w"], expected)
+    assert torch.equal(load_file("again.safetensors")["w"], expected)
 
 
 def test_make_targets_exist() -> None:

@@ -5,6 +5,7 @@
 //! standard output, progress and one-line errors to standard error.
 
 mod bar;
+mod chain;
 mod doctor;
 mod table;
 mod tpde;
@@ -25,6 +26,8 @@ struct Cli {
 enum Command {
     /// Weights as lossless deltas: pack, apply, verify, inspect and compare checkpoints.
     Tpde(tpde::Args),
+    /// Every checkpoint of a training run in one folder: commit, log, restore, verify, gc.
+    Chain(chain::Args),
     Doctor(doctor::Args),
 }
 
@@ -58,6 +61,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
     };
     let outcome = match cli.command {
         Command::Tpde(args) => tpde::run(args),
+        Command::Chain(args) => chain::run(args),
         Command::Doctor(args) => doctor::run(&args),
     };
     let (code, message) = match outcome {

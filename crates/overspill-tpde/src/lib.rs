@@ -6,7 +6,7 @@
 //! | [`checkpoint`] | tensors of safetensors files (one or sharded), GGUF bases, or memory |
 //! | [`state`] | content ids of states |
 //! | [`container`] | the `.tpde` file: a safetensors file of four sections |
-//! | [`pack`], [`apply`], [`apply_in_place`], [`verify`], [`inspect`], [`diff`] | the operations |
+//! | [`pack`], [`apply`], [`flatten`], [`apply_in_place`], [`verify`], [`inspect`], [`diff`] | the operations |
 //!
 //! The codec itself is `overspill-codec`; this crate owns files, memory bounds, threads and authentication.
 //! Every operation streams by segment and keeps within [`Options::memory_bytes`]. Outputs are written beside
@@ -18,6 +18,7 @@ pub mod checkpoint;
 pub mod container;
 mod diff;
 mod error;
+mod flatten;
 mod gguf;
 mod in_place;
 mod inspect;
@@ -35,6 +36,7 @@ pub use checkpoint::{Checkpoint, Kind, Tensor};
 pub use container::{Patch, PatchType};
 pub use diff::{Change, Diff, TensorDiff, diff};
 pub use error::Error;
+pub use flatten::flatten;
 pub use in_place::{SegmentParts, apply_in_place, authenticate, expect_base};
 pub use inspect::{Inspection, TensorReport, inspect, mode_names};
 pub use manifest::{Entry, Manifest};

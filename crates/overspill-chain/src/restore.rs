@@ -1,0 +1,65 @@
+//! Rebuilding a step: keyframe, anchor, step.
+
+use std::path::Path;
+
+use overspill_tpde::{Checkpoint, Patch, Progress, apply};
+
+use crate::chain::{Chain, cache_name};
+use crate::record::Part;
+use crate::{Error, Result};
+
+impl Chain {
+    /// Writes `part` of `step` to `target`: a safetensors file, or a new folder where the state was sharded.
+    /// Two applications at most; one where the step starts from the keyframe or its anchor's state is cached.
+    ///
+    /// # Errors
+    /// No such step or part, damaged objects, a target that cannot be written. Nothing is left behind.
+    pub fn restore(&self, step: u64, part: &str, target: &Path, progress: Progress<'_>) -> Result<()> {
+        let record = self.record(step)?;
+        let Some(found) = record.parts.get(part) else {
+            let names: Vec<&str> = record.parts.keys().map(String::as_str).collect();
+            return Err(Error::misuse(format!("step {step} has no {part:?}, it has {}", names.join(", "))));
+        };
+        self.with_base(found, target, |base| {
+            let patch = Patch::open(&self.files.path(&found.patch.name()))?;
+            apply(&patch, Some(base), target, &self.options, progress)?;
+            Ok(())
+        })
+    }
+
+    /// Calls `work` with the state that `part`'s patch starts from, made beside `target` where it has to be made.
+    pub(crate) fn with_base<R>(
+        &self,
+        part: &Part,
+        target: &Path,
+        work: impl Fn(&Checkpoint<'_>) -> Result<R>,
+    ) -> Result<R> {
+        let keyframe = self.files.path(&part.keyframe.name());
+        let Some(anchor) = &part.anchor else { return work(&Checkpoint::open(&keyframe)?) };
+        let cached = self.files.path(&cache_name(&part.base_state));
+        if cached.exists() {
+            // A cached state is only a hint: every application compares the state of its base.
+            match Checkpoint::open(&cached).map_err(Error::from).and_then(|base| work(&base)) {
+                Err(Error::Tpde(
+                    overspill_tpde::Error::WrongBase { .. } | overspill_tpde::Error::Format { .. },
+                )) => {}
+                outcome => return outcome,
+            }
+        }
+        let beside = target.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let passing = tempfile::Builder::new()
+            .prefix(".overspill-")
+            .tempdir_in(beside)
+            .map_err(Error::io(target, "create a folder beside"))?;
+        let made = passing.path().join("anchor.safetensors");
+        self.apply_once(&keyframe, &self.files.path(&anchor.name()), &made)?;
+        work(&Checkpoint::open(&made)?)
+    }
+
+    /// One application between files.
+    pub(crate) fn apply_once(&self, base: &Path, patch: &Path, target: &Path) -> Result<()> {
+        let base = Checkpoint::open(base)?;
+        apply(&Patch::open(patch)?, Some(&base), target, &self.options, &|_, _| ())?;
+        Ok(())
+    }
+}
