@@ -444,7 +444,7 @@ class Bench:
         cache, session = DynamicCache(config=self.model.config), pool.session("plain")
         for step in range(4):
             ids = [5] if step else self.ids
-            with repeatable_attention(session.tokens), torch.no_grad():
+            with repeatable_attention(session.tokens, step=False), torch.no_grad():
                 plain = self.model(
                     torch.tensor([ids], device="cuda"), past_key_values=cache, logits_to_keep=1
                 )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from overspill.djinn.attention import StepAttention, is_step, step_attention, to_bias
+from overspill.djinn.attention import is_step, repeatable_attention, step_attention, to_bias
 
 TOKENS = 512
 
@@ -35,11 +39,25 @@ def test_it_is_attention_and_hidden_tokens_weigh_nothing(heads: int, seen: int) 
     assert torch.equal(step_attention(query, keys, values, to_bias(mask), 0.3), found)
 
 
-def test_a_masked_step_takes_it() -> None:
+def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> Any:
+    """As a layer of transformers' does."""
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](
+        torch.nn.Module(), query, keys, values, mask, dropout=0.0, scaling=0.3
+    )[0]
+
+
+def test_a_masked_step_of_this_thread_takes_it() -> None:
     query, keys, values, mask = inputs(4, 100, torch.float32)
-    with StepAttention():
-        found = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-    assert torch.equal(found, step_attention(query, keys, values, to_bias(mask), None))
+    before, found = attend(query, keys, values, mask), []
+    with repeatable_attention(TOKENS, step=True):
+        found.append(attend(query, keys, values, mask))
+        other = threading.Thread(target=lambda: found.append(attend(query, keys, values, mask)))
+        other.start()
+        other.join()
+    expected = step_attention(query, keys, values, to_bias(mask), 0.3).transpose(1, 2)
+    assert torch.equal(found[0], expected) and found[0].shape == before.shape
+    assert torch.equal(found[1], before) and torch.equal(attend(query, keys, values, mask), before)
+    assert not torch.equal(expected, before), "other sums, other bits"
 
 
 @pytest.mark.parametrize("change", ["two tokens", "no mask", "a mask that is added", "masks of heads"])
@@ -52,10 +70,30 @@ def test_what_is_not_a_masked_step_is_torchs(change: str) -> None:
     }  # fmt: skip
     given = changed.get(change, mask)
     assert given is None or not is_step(query, keys, given)
-    expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=given, scale=0.3)
-    with StepAttention():
-        found = F.scaled_dot_product_attention(query, keys, values, attn_mask=given, scale=0.3)
-    assert torch.equal(found, expected)
+    expected = attend(query, keys, values, given)
+    with repeatable_attention(TOKENS, step=True):
+        assert torch.equal(attend(query, keys, values, given), expected)
+
+
+def test_threads_within_keep_cudnn_off_until_the_last_one_leaves() -> None:
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    before, inside, leave = ALL_ATTENTION_FUNCTIONS["sdpa"], threading.Event(), threading.Event()
+
+    def stay() -> None:
+        with repeatable_attention(1, step=False):
+            inside.set()
+            leave.wait()
+
+    other = threading.Thread(target=stay)
+    with repeatable_attention(1, step=True):
+        other.start()
+        inside.wait()
+    assert not enabled()
+    leave.set()
+    other.join()
+    assert enabled() and ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+    with repeatable_attention(0, step=False):
+        assert enabled()
 
 
 @pytest.mark.gpu

@@ -12,54 +12,82 @@ and a softmax instead, as fast as cuDNN, with scores in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# Masks that the layers of a step on this thread share, with what is added for them; None outside a step.
+Biases = dict[int, tuple[torch.Tensor, torch.Tensor]]
+_thread = threading.local()
+
+
+class _Switch:
+    """What is the process's own: whether torch may take cuDNN, and what transformers calls "sdpa". Off while
+    any thread is within.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.within = 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.within == 0:
+                self.cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+                self.sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+                torch.backends.cuda.enable_cudnn_sdp(False)
+                ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
+            self.within += 1
+
+    def __exit__(self, *raised: object) -> None:
+        with self.lock:
+            self.within -= 1
+            if self.within == 0:
+                torch.backends.cuda.enable_cudnn_sdp(self.cudnn)
+                ALL_ATTENTION_FUNCTIONS["sdpa"] = self.sdpa
+
+
+_switch = _Switch()
 
 
 @contextmanager
-def repeatable_attention(start: int) -> Iterator[None]:
-    """Within it, a forward over tokens from ``start`` on. The switch is the process's: other threads lose
-    cuDNN's attention meanwhile.
+def repeatable_attention(start: int, step: bool) -> Iterator[None]:
+    """Within it, a forward over tokens from ``start`` on, or one ``step`` at fixed length: then one token under
+    a mask takes :func:`step_attention`. Other threads lose cuDNN's attention meanwhile, and nothing else.
     """
-    cuda = torch.backends.cuda
-    if start == 0 or not cuda.cudnn_sdp_enabled():
+    if start == 0:
         yield
         return
-    cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        cuda.enable_cudnn_sdp(True)
+    with _switch:
+        _thread.biases = {} if step else None
+        try:
+            yield
+        finally:
+            _thread.biases = None
 
 
-class StepAttention(TorchFunctionMode):
-    """Within it, attention of one token under a mask is :func:`step_attention`; all other is torch's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        # Masks come again in every layer.
-        self._biases: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        mask = kwargs.get("attn_mask")
-        if func is F.scaled_dot_product_attention and mask is not None:
-            query, keys, values = args[:3]
-            if is_step(query, keys, mask):
-                return step_attention(query, keys, values, self._bias(mask), kwargs.get("scale"))
-        return func(*args, **kwargs)
-
-    def _bias(self, mask: torch.Tensor) -> torch.Tensor:
-        if id(mask) not in self._biases:
-            self._biases[id(mask)] = (mask, to_bias(mask))
-        return self._biases[id(mask)][1]
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What layers call for "sdpa" meanwhile."""
+    biases: Biases | None = getattr(_thread, "biases", None)
+    plain = not others.get("dropout") and others.get("position_bias") is None
+    if biases is None or not plain or attention_mask is None or not is_step(query, key, attention_mask):
+        return _switch.sdpa(module, query, key, value, attention_mask, scaling=scaling, **others)
+    if id(attention_mask) not in biases:
+        biases[id(attention_mask)] = (attention_mask, to_bias(attention_mask))
+    out = step_attention(query, key, value, biases[id(attention_mask)][1], scaling)
+    return out.transpose(1, 2), None
 
 
 def is_step(query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> bool:

@@ -17,7 +17,7 @@ from .._edge import edge_for
 from .._native import DjinnPool
 from .._units import format_bytes, parse_bytes
 from ..errors import BudgetError, FormatError, SessionError
-from .attention import StepAttention, repeatable_attention
+from .attention import repeatable_attention
 from .families import fingerprint, shape_of
 from .fixed import FixedDecoder
 from .session import Session
@@ -187,9 +187,8 @@ class SessionPool:
         self._sessions.pop(session.id, None)
 
     def _call(self, cache: Any, ids: torch.Tensor, keep: int) -> torch.Tensor:
-        on_gpu = self.shape.device.type == "cuda"
-        step = StepAttention() if on_gpu and cache.fixed is not None else contextlib.nullcontext()
-        with repeatable_attention(cache.start), step:
+        step = self.shape.device.type == "cuda" and cache.fixed is not None
+        with repeatable_attention(cache.start, step):
             return self.model(
                 input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep
             ).logits
