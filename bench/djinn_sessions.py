@@ -479,7 +479,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     if options.exact:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
         with torch.no_grad():
             tried = Bench(options.layers, options.tokens, 1).exact()
         (Path(options.exact) / "exact.json").write_text(json.dumps(tried))
