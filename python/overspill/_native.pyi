@@ -4,6 +4,7 @@ The native half of overspill; use it through the `overspill` package.
 
 from _typeshed import SupportsGetItem
 from os import PathLike
+from pathlib import Path
 from typing import Any, Final, SupportsFloat, SupportsIndex, final
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Onboarding",
     "Planner",
     "Slot",
+    "TpdeChain",
     "TpdeDevicePatch",
     "TpdePatch",
     "process_memory",
@@ -379,6 +381,69 @@ class Slot:
     def nbytes(self, /) -> int:
         """
         Length in bytes.
+        """
+
+@final
+class TpdeChain:
+    """
+    A chain of checkpoints in a folder.
+    """
+    def __new__(
+        cls,
+        /,
+        folder: str | PathLike[str],
+        *,
+        create: bool,
+        memory_bytes: SupportsIndex,
+        threads: SupportsIndex,
+    ) -> TpdeChain:
+        """
+        Opens the chain in `folder`; with `create`, makes it where there is none.
+        """
+    def commit(
+        self,
+        /,
+        step: SupportsIndex,
+        parts: SupportsGetItem[
+            int,
+            tuple[
+                str,
+                str
+                | PathLike[str]
+                | SupportsGetItem[
+                    int, tuple[str, str, SupportsGetItem[int, SupportsIndex], SupportsIndex, SupportsIndex]
+                ],
+            ],
+        ],
+        *,
+        progress: Any | None = None,
+    ) -> tuple[int, int, list[tuple[str, str, str, int, int]]]:
+        """
+        Commits named parts as `step`.
+        """
+    def gc(
+        self, /, *, last: SupportsIndex | None, every: SupportsIndex | None, after: SupportsIndex | None
+    ) -> tuple[list[int], int, int]:
+        """
+        Drops steps and what no step needs.
+        """
+    def log(self, /) -> list[tuple[int, int, list[tuple[str, str, str, int, int]]]]:
+        """
+        Every step, in order.
+        """
+    def restore(
+        self, /, step: SupportsIndex, part: str, output: str | PathLike[str], *, progress: Any | None = None
+    ) -> None:
+        """
+        Writes a part of a step to `output`.
+        """
+    def route(self, /, step: SupportsIndex, part: str) -> tuple[Path, Path | None, Path, str]:
+        """
+        The files that a part of a step is rebuilt from.
+        """
+    def verify(self, /, *, decode: bool, progress: Any | None = None) -> tuple[int, int, int]:
+        """
+        Checks every object and, with `decode`, every step: (steps, objects, bytes).
         """
 
 @final

@@ -32,9 +32,21 @@ from typing import TYPE_CHECKING, Any, Literal
 from . import _native
 
 if TYPE_CHECKING:
+    from ._chain import Chain
     from ._variants import Variants
 
-__all__ = ["Packed", "Patch", "TensorInfo", "apply", "inspect", "open", "pack", "state_id", "variants"]
+__all__ = [
+    "Chain",
+    "Packed",
+    "Patch",
+    "TensorInfo",
+    "apply",
+    "inspect",
+    "open",
+    "pack",
+    "state_id",
+    "variants",
+]
 
 DEFAULT_MEMORY_BYTES = 1536 << 20
 
@@ -446,3 +458,11 @@ def variants(model: Any, patches: Mapping[str, PathType | bytes | Patch]) -> Var
 def inspect(patch: PathType | bytes | Patch) -> dict[str, Any]:
     """What a patch holds: see :meth:`Patch.inspect`."""
     return (patch if isinstance(patch, Patch) else Patch(patch)).inspect()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Chain":  # it builds on this module
+        from ._chain import Chain
+
+        return Chain
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -134,3 +134,19 @@ pub fn tpde_error(py: Python<'_>, error: &overspill_tpde::Error) -> PyErr {
         _ => pyo3::exceptions::PyValueError::new_err(error.to_string()),
     }
 }
+
+/// An error about chains.
+pub fn chain_error(py: Python<'_>, error: &overspill_chain::Error) -> PyErr {
+    use overspill_chain::Error;
+    match error {
+        Error::Tpde(error) => tpde_error(py, error),
+        Error::NotAChain { path, .. } | Error::Damaged { path, .. } => {
+            raise(py, "FormatError", error, |facts| facts.set_item("path", path.to_string_lossy()))
+        }
+        Error::Io { path, .. } | Error::Locked { path, .. } => raise(py, "TransferError", error, |facts| {
+            facts.set_item("tier", Tier::Disk.to_string())?;
+            facts.set_item("path", path.to_string_lossy())
+        }),
+        _ => pyo3::exceptions::PyValueError::new_err(error.to_string()),
+    }
+}

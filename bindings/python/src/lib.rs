@@ -3,6 +3,7 @@
 //! No algorithms here. Addresses of tensors cross this border as integers together with the Python
 //! object that keeps them alive ([`engine::lease`], [`tpde`] and [`tpde_device`] are the only places that trust one).
 
+mod chain;
 mod djinn;
 mod engine;
 mod errors;
@@ -15,6 +16,8 @@ use pyo3::prelude::*;
 /// The native half of overspill; use it through the `overspill` package.
 #[pymodule]
 mod _native {
+    #[pymodule_export]
+    use crate::chain::TpdeChain;
     #[pymodule_export]
     use crate::djinn::DjinnPool;
     #[pymodule_export]

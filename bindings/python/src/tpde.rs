@@ -44,7 +44,8 @@ pub enum PatchSource {
 }
 
 impl Source {
-    fn open(&self, label: &str) -> Result<Checkpoint<'_>, Error> {
+    /// Opens it; tensors in memory stand in errors as `label`.
+    pub fn open(&self, label: &str) -> Result<Checkpoint<'_>, Error> {
         let tensors = match self {
             Source::Path(path) => return Checkpoint::open(path),
             Source::Memory(tensors) => tensors,
@@ -77,7 +78,7 @@ fn out_at<'a>(address: usize, bytes: usize) -> &'a mut [u8] {
 }
 
 /// Calls a Python function with (bytes done, bytes in all); an exception in it is reported and passed over.
-fn reporter(progress: Option<&Py<PyAny>>) -> impl Fn(u64, u64) + Sync + '_ {
+pub fn reporter(progress: Option<&Py<PyAny>>) -> impl Fn(u64, u64) + Sync + '_ {
     move |done, total| {
         if let Some(progress) = progress {
             Python::attach(|py| {

@@ -1,11 +1,11 @@
 //! Rebuilding a step: keyframe, anchor, step.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use overspill_tpde::{Checkpoint, Patch, Progress, apply};
 
 use crate::chain::{Chain, cache_name};
-use crate::record::Part;
+use crate::record::{Object, Part};
 use crate::{Error, Result};
 
 impl Chain {
@@ -15,15 +15,31 @@ impl Chain {
     /// # Errors
     /// No such step or part, damaged objects, a target that cannot be written. Nothing is left behind.
     pub fn restore(&self, step: u64, part: &str, target: &Path, progress: Progress<'_>) -> Result<()> {
-        let record = self.record(step)?;
-        let Some(found) = record.parts.get(part) else {
-            let names: Vec<&str> = record.parts.keys().map(String::as_str).collect();
-            return Err(Error::misuse(format!("step {step} has no {part:?}, it has {}", names.join(", "))));
-        };
-        self.with_base(found, target, |base| {
+        let found = self.part_of(step, part)?;
+        self.with_base(&found, target, |base| {
             let patch = Patch::open(&self.files.path(&found.patch.name()))?;
             apply(&patch, Some(base), target, &self.options, progress)?;
             Ok(())
+        })
+    }
+
+    /// The files that `part` of `step` is rebuilt from, for a caller that applies them itself: keyframe, anchor where
+    /// there is one, patch, and the state that the patch starts from.
+    ///
+    /// # Errors
+    /// No such step or part.
+    pub fn route(&self, step: u64, part: &str) -> Result<(PathBuf, Option<PathBuf>, PathBuf, String)> {
+        let found = self.part_of(step, part)?;
+        let place = |object: &Object| self.files.path(&object.name());
+        let anchor = found.anchor.as_ref().map(place);
+        Ok((place(&found.keyframe), anchor, place(&found.patch), found.base_state))
+    }
+
+    fn part_of(&self, step: u64, part: &str) -> Result<Part> {
+        let mut record = self.record(step)?;
+        record.parts.shift_remove(part).ok_or_else(|| {
+            let names: Vec<&str> = record.parts.keys().map(String::as_str).collect();
+            Error::misuse(format!("step {step} has no {part:?}, it has {}", names.join(", ")))
         })
     }
 
