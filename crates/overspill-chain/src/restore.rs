@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use overspill_tpde::{Checkpoint, Patch, Progress, apply};
+use overspill_tpde::checkpoint::MemoryTensor;
+use overspill_tpde::{Checkpoint, Entry, Kind, Patch, Progress, apply, apply_into};
 
 use crate::chain::{Chain, cache_name};
 use crate::record::{Object, Part};
@@ -43,7 +44,8 @@ impl Chain {
         })
     }
 
-    /// Calls `work` with the state that `part`'s patch starts from, made beside `target` where it has to be made.
+    /// Calls `work` with the state that `part`'s patch starts from; one that has to be made lies in memory where half
+    /// of the budget holds it, else beside `target`.
     pub(crate) fn with_base<R>(
         &self,
         part: &Part,
@@ -62,14 +64,39 @@ impl Chain {
                 outcome => return outcome,
             }
         }
+        let patch = Patch::open(&self.files.path(&anchor.name()))?;
+        if patch.manifest().total_bytes() <= self.options.memory_bytes as u64 / 2 {
+            return self.in_memory(&keyframe, &patch, work);
+        }
         let beside = target.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let passing = tempfile::Builder::new()
             .prefix(".overspill-")
             .tempdir_in(beside)
             .map_err(Error::io(target, "create a folder beside"))?;
         let made = passing.path().join("anchor.safetensors");
-        self.apply_once(&keyframe, &self.files.path(&anchor.name()), &made)?;
+        self.apply_once(&keyframe, patch.path(), &made)?;
         work(&Checkpoint::open(&made)?)
+    }
+
+    /// Calls `work` with the state that `patch` makes of the keyframe, in memory.
+    fn in_memory<R>(
+        &self,
+        keyframe: &Path,
+        patch: &Patch<'_>,
+        work: impl Fn(&Checkpoint<'_>) -> Result<R>,
+    ) -> Result<R> {
+        let base = Checkpoint::open(keyframe)?;
+        let entries = patch.manifest().entries();
+        let mut buffers: Vec<Vec<u8>> = entries.iter().map(|e| vec![0; e.tensor.bytes as usize]).collect();
+        let outs = buffers.iter_mut().map(Vec::as_mut_slice).collect();
+        apply_into(patch, Some(&base), None, outs, &self.options, &|_, _| ())?;
+        let tensors = entries.iter().zip(&buffers).map(|(Entry { tensor, .. }, bytes)| {
+            let Kind::Plain(dtype) = tensor.kind else {
+                return Err(Error::damaged(patch.path(), "an anchor of a quantized type"));
+            };
+            Ok(MemoryTensor { name: tensor.name.clone(), dtype, shape: tensor.shape.clone(), bytes })
+        });
+        work(&Checkpoint::from_memory("anchor", tensors.collect::<Result<_>>()?)?)
     }
 
     /// One application between files.

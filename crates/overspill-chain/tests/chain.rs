@@ -6,6 +6,7 @@ mod state;
 use std::fs;
 
 use overspill_chain::{Chain, Error, Keep, PARAMS, Role};
+use overspill_tpde::Options;
 use state::{OPTIONS, State};
 
 fn quiet(_: u64, _: u64) {}
@@ -49,6 +50,10 @@ fn every_step_comes_back_with_and_without_the_cache() {
         fs::remove_dir_all(folder.path().join("chain/cache")).expect("removed");
         fs::create_dir(folder.path().join("chain/cache")).expect("made");
     }
+    // With less memory than a state needs, the anchor passes through a file.
+    let tight =
+        Chain::open(&folder.path().join("chain"), Options { memory_bytes: 1000, threads: 1 }).expect("opens");
+    assert!(restores(&tight, 390, &states[39]));
     let verified = chain.verify(true, &quiet).expect("sound");
     assert_eq!(verified.steps, 40);
     assert!(log.iter().all(|record| record.parts[PARAMS].objects().count() <= 3), "two applications at most");
