@@ -2,10 +2,11 @@
 
 Llama blocks (transformers' own decoder layers, random weights, bf16, SDPA), 16,384 tokens in four
 sequences of 4,096 unless a part says otherwise, no optimizer, torch's default algorithms. A part is a
-model and a budget: ``k``-x is keep-all's saved bytes (what a forward leaves allocated) over k, on top of
-parameters, gradients and the input. All methods of a part run in one process, one after the other;
-overhead is the median step over keep-all's median. Beside each figure stands what the simulator says the
-plan costs at best, over the same recorded step without any transfer or rebuild.
+model and its budgets: ``k``-x is keep-all's saved bytes (what a forward leaves allocated) over k, a peer's
+name that peer's activation peak, both on top of parameters, gradients and the input. All methods of a part
+run in one process, one after the other; overhead is the median step over keep-all's median. Beside each
+figure stands what the simulator says the plan costs, over the same recorded step without any transfer or
+rebuild. Results are written after every part, and ``--continue`` adds to the file of an earlier call.
 """
 
 from __future__ import annotations
@@ -18,49 +19,119 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from storm_v1 import GB, Blocks, checkpointing, raw_link, timed_hooks, trl_offload
+from storm_evidence import Memory, exposed, lanes
+from storm_v1 import GB, Blocks, checkpointing, raw_link, timed_hooks, trl_offload, unsloth_checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import overspill
-from common import row, write_results
+from common import RESULTS, row, write_results
 from overspill import Storm
+
+Rows = list[dict[str, Any]]
 
 
 @dataclass
 class Part:
-    """One row of the table."""
+    """One model, and the budgets to train it under."""
 
     width: int
     layers: int
-    divisor: float
+    budgets: dict[str, float | str]
     sequence: int = 4_096
     sequences: int = 4
+    peers: tuple[str, ...] = ()
+    is_whole: bool = False
+    """transformers' whole model of the 8B shape, with its embedding, head and loss."""
 
 
+PEERS = ("checkpointing", "trl", "unsloth", "save_on_cpu")
 PARTS = {
-    "h4096_2x": Part(4096, 8, 2),
-    "h8192_2x": Part(8192, 4, 2),
-    "h2048_2x": Part(2048, 16, 2),
-    "h8192_4x": Part(8192, 12, 4),
-    "h4096_2x_seq32k": Part(4096, 4, 2, 32_768, 1),
-    "h4096_4x": Part(4096, 8, 4),
-    "h4096_5x": Part(4096, 8, 5.1),
+    "h4096": Part(
+        4096,
+        8,
+        {
+            "h4096_2x": 2,
+            "h4096_at_checkpointing_peak": "checkpointing",
+            "h4096_at_trl_peak": "trl",
+            "h4096_4x": 4,
+        },
+        peers=PEERS,
+    ),
+    "h8192": Part(
+        8192,
+        4,
+        {"h8192_2x": 2, "h8192_at_checkpointing_peak": "checkpointing", "h8192_at_trl_peak": "trl"},
+        peers=PEERS,
+    ),
+    "h2048": Part(2048, 16, {"h2048_2x": 2}),
+    "h8192_12": Part(8192, 12, {"h8192_4x": 4}),
+    "seq32k": Part(4096, 4, {"h4096_2x_seq32k": 2}, 32_768, 1),
+    "hf_llama8b": Part(4096, 24, {"hf_llama8b_2x": 2}, is_whole=True),
 }
+# Storm learns a step in its first four; the fifth is the first that only follows its plan.
+WARM_STEPS = 5
 
 
-def step_times(model: Blocks, x: torch.Tensor, context: Any, warmup: int, steps: int) -> tuple[float, int]:
+class Whole(torch.nn.Module):
+    """transformers' Llama of the 8B shape, with as many layers as a part says."""
+
+    def __init__(self, part: Part) -> None:
+        super().__init__()
+        config = LlamaConfig(
+            hidden_size=part.width,
+            intermediate_size=14_336,
+            num_hidden_layers=part.layers,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=128_256,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+        self.model = LlamaForCausalLM(config)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids, labels=ids).loss
+
+
+def build(part: Part) -> tuple[torch.nn.Module, torch.Tensor]:
+    """The model with its gradients allocated, and a batch."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    # On the device: a CPU takes minutes to draw ten billion weights.
+    with torch.device("cuda"):
+        model = Whole(part) if part.is_whole else Blocks(part.width, part.layers)
+        if part.is_whole:
+            x = torch.randint(0, 128_256, (part.sequences, part.sequence))
+        else:
+            x = torch.randn(part.sequences, part.sequence, part.width).requires_grad_(True)
+    torch.set_default_dtype(torch.float32)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return model, x
+
+
+def reset(model: torch.nn.Module, x: torch.Tensor) -> None:
+    """Gradients as they are when a step begins."""
+    for parameter in model.parameters():
+        parameter.grad.zero_()
+    x.grad = None
+
+
+def step_times(
+    model: torch.nn.Module, x: torch.Tensor, context: Any, warmup: int, steps: int
+) -> tuple[float, int]:
     """Median step in ms and most bytes allocated, after ``warmup`` steps."""
     times, peak = [], 0
     with context:
         for n in range(warmup + steps):
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.zero_()
-            x.grad = None
+            reset(model, x)
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -74,7 +145,7 @@ def step_times(model: Blocks, x: torch.Tensor, context: Any, warmup: int, steps:
     return statistics.median(times), peak
 
 
-def saved_bytes(model: Blocks, x: torch.Tensor) -> int:
+def saved_bytes(model: torch.nn.Module, x: torch.Tensor) -> int:
     """What a forward leaves allocated."""
     before = torch.cuda.memory_allocated()
     loss = model(x)
@@ -84,148 +155,280 @@ def saved_bytes(model: Blocks, x: torch.Tensor) -> int:
     return saved
 
 
-def bench(name: str, part: Part, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every method on one part."""
-    torch.manual_seed(0)
-    model = Blocks(part.width, part.layers).to("cuda", torch.bfloat16)
-    x = torch.randn(part.sequences, part.sequence, part.width, device="cuda", dtype=torch.bfloat16)
-    x.requires_grad_(True)
-    model(x).backward()
-    x.grad = None
-    fixed = torch.cuda.memory_allocated()
-    saved = saved_bytes(model, x)
-    keep_ms, keep_peak = step_times(model, x, contextlib.nullcontext(), 2, options.steps)
-    rows: list[dict[str, Any]] = []
+@dataclass
+class Bench:
+    """One part as it is measured."""
 
-    def say(method: str, ms: float, peak: int, note: str = "") -> None:
-        text = f"{name:<18} {method:<14} {ms:8.1f} ms {ms / keep_ms:6.3f}x"
-        print(f"{text}  peak {(peak - fixed) / GB:6.2f} GB = {(peak - fixed) / saved:5.3f} of saved {note}")
+    name: str
+    part: Part
+    options: argparse.Namespace
+    rows: Rows = field(default_factory=list)
+    peaks: dict[str, int] = field(default_factory=dict)
+    peer_ms: dict[str, float] = field(default_factory=dict)
 
-    say("keep_all", keep_ms, keep_peak, f"saved {saved / GB:.2f} GB")
-    budget = fixed + int(saved / part.divisor)
-    hooks: list[float] = []
-    for variant in options.variants:
-        storm = Storm(
-            model, vram_budget=budget, host_budget=options.host_budget, rebuild=variant != "offload"
-        )
-        if variant == "hooks":
-            hooks = timed_hooks(storm)
-        begin = time.perf_counter()
-        ms, peak = step_times(model, x, storm, 6, options.steps)
-        wall_s = time.perf_counter() - begin
+    def run(self) -> Iterator[Rows]:
+        """Every method; gives the rows so far after each."""
+        self.model, self.x = build(self.part)
+        self.model(self.x).backward()  # cuBLAS takes its workspace
+        self.x.grad = None
+        self.fixed = torch.cuda.memory_allocated()
+        self.saved = saved_bytes(self.model, self.x)
+        self.keep_ms, peak = step_times(self.model, self.x, contextlib.nullcontext(), 2, self.options.steps)
+        self.say("keep_all", self.keep_ms, peak, f"saved {self.saved / GB:.2f} GB")
+        for peer in self.part.peers:
+            if peer in self.options.peers and peer != "save_on_cpu":
+                self.peer(peer)
+                yield self.rows
+        for goal, budget in self.part.budgets.items():
+            if self.options.budgets and goal not in self.options.budgets:
+                continue
+            try:
+                if not isinstance(budget, str):
+                    self.storm(goal, self.fixed + int(self.saved / budget), None)
+                elif budget in self.peaks:
+                    self.storm(goal, self.peaks[budget], budget)
+            except Exception:
+                traceback.print_exc()  # the other budgets are still worth knowing
+            yield self.rows
+        if "save_on_cpu" in self.part.peers and "save_on_cpu" in self.options.peers:
+            self.peer("save_on_cpu")  # last: the pinned memory that it takes stays with torch
+            yield self.rows
+
+    def say(self, method: str, ms: float, peak: int, note: str = "") -> None:
+        """One line of the table."""
+        held = peak - self.fixed
+        text = f"{self.name:<10} {method:<28} {ms:8.1f} ms {ms / self.keep_ms:6.3f}x"
+        print(f"{text}  peak {held / GB:6.2f} GB = {held / self.saved:5.3f} of saved {note}", flush=True)
+
+    def storm(self, goal: str, budget: int, peer: str | None) -> None:
+        """One budget, with what can be asked of a plan in force."""
+        storm = Storm(self.model, vram_budget=budget, host_budget=self.options.host_budget)
+        ms, peak = step_times(self.model, self.x, storm, WARM_STEPS, self.options.steps)
         storm.close()
         report = storm.report()
-        predicted = report["predicted"]
-        say(f"storm:{variant}", ms, peak, f"{wall_s:.1f} s in all")
-        shown = {k: round(v / (1e3 if k.endswith("_us") else GB), 2) for k, v in predicted.items()}
-        print(f"    predicted (ms, GB): {shown}; units {report['units']}; over {report['over_budget_bytes']}")
-        print(f"    flows {report['flows']}")
-        if hooks:
-            print(f"    hooks: median {statistics.median(hooks):.1f} us of {len(hooks)}")
+        over = peak - budget
+        self.say(f"storm:{goal}", ms, peak, f"over budget {max(over, 0)}")
+        print(f"    {report['predicted']} {report['units']}", flush=True)
+        self.overhead(goal, ms, peak, report, f"; {over} bytes over the budget" if over > 0 else "")
+        if peer is not None and over <= 0:
+            speedup = self.peer_ms[peer] / ms
+            self.rows.append(
+                row(
+                    f"storm_limit.{self.name}.vs_{peer}_speedup",
+                    speedup,
+                    "x",
+                    peer=peer,
+                    peer_value=self.peer_ms[peer],
+                    note=f"at an activation peak of {(peak - self.fixed) / GB:.2f} GB against "
+                    f"{(self.peaks[peer] - self.fixed) / GB:.2f}",
+                )
+            )
+        if goal == "h4096_2x":
+            self.evidence(storm, ms, peak, report)
         folder = os.environ.get("OUT")
-        if folder and options.dump and variant == "rebuild":
-            dump = {"record": json.loads(storm._planner.record_json() or "null")}
-            dump["plan"] = json.loads(storm._planner.plan_json() or "null")
-            dump["budget"], dump["keep_ms"], dump["ms"], dump["fixed"] = budget, keep_ms, ms, fixed
-            (Path(folder) / f"plan_{name}.json").write_text(json.dumps(dump))
-        if variant == "rebuild":
-            rows += storm_rows(name, part, ms, peak, keep_ms, fixed, saved, report)
+        if folder and goal in self.options.dump:
+            document = {"record": json.loads(storm._planner.record_json() or "null"), "fixed": self.fixed}
+            document |= {"budget": budget, "keep_ms": self.keep_ms, "ms": ms, "saved": self.saved}
+            (Path(folder) / f"record_{goal}.json").write_text(json.dumps(document))
         del storm
         gc.collect()
         torch.cuda.empty_cache()
-    for peer in options.peers:
-        with contextlib.suppress(KeyError):
-            ms, peak = run_peer(peer, model, x, options.steps)
-            say(peer, ms, peak)
-            rows.append(
-                row(
-                    f"storm_limit.{name}.{peer}",
-                    ms / keep_ms * 100 - 100,
-                    "%",
-                    note=f"activation peak {(peak - fixed) / saved:.3f} of saved bytes",
-                )
+
+    def overhead(self, goal: str, ms: float, peak: int, report: dict[str, Any], remark: str) -> None:
+        """The goal's row."""
+        predicted, part, held = report["predicted"], self.part, peak - self.fixed
+        own_ms = (predicted["stall_us"] + predicted["rebuild_us"]) / 1e3
+        bound = own_ms / (predicted["step_us"] / 1e3 - own_ms) * 100
+        self.rows.append(
+            row(
+                f"storm.overhead_pct.{goal}",
+                ms / self.keep_ms * 100 - 100,
+                "%",
+                peer="keep-all",
+                peer_value=self.keep_ms,
+                limit=f"simulator: {bound:.2f}%",
+                note=f"{part.layers} layers, {part.sequences} x {part.sequence} tokens, random weights, bf16, no "
+                f"optimizer; median of {self.options.steps}: {ms:.1f} against {self.keep_ms:.1f} ms; activation "
+                f"peak {held / GB:.3f} GB = {held / self.saved:.4f} of {self.saved / GB:.3f} GB saved; rebuilt "
+                f"{predicted['rebuilt_bytes'] / GB:.2f}, offloaded {predicted['offloaded_bytes'] / GB:.2f}, kept "
+                f"{predicted['kept_bytes'] / GB:.2f} GB{remark}",
             )
-    return rows
-
-
-def storm_rows(
-    name: str,
-    part: Part,
-    ms: float,
-    peak: int,
-    keep_ms: float,
-    fixed: int,
-    saved: int,
-    report: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """The goals' rows of one STORM run."""
-    predicted = report["predicted"]
-    own_ms = (predicted["stall_us"] + predicted["rebuild_us"]) / 1e3
-    bound = own_ms / (predicted["step_us"] / 1e3 - own_ms) * 100
-    note = (
-        f"{part.layers} layers, {part.sequences} x {part.sequence} tokens, random weights, bf16, no optimizer; "
-        f"{ms:.1f} against {keep_ms:.1f} ms; activation peak {(peak - fixed) / GB:.3f} GB = "
-        f"{(peak - fixed) / saved:.4f} of {saved / GB:.3f} GB saved; rebuilt "
-        f"{predicted['rebuilt_bytes'] / GB:.2f}, offloaded {predicted['offloaded_bytes'] / GB:.2f} GB"
-    )
-    rows = [
-        row(
-            f"storm.overhead_pct.{name}",
-            ms / keep_ms * 100 - 100,
-            "%",
-            peer="keep-all",
-            peer_value=keep_ms,
-            limit=f"simulator: {bound:.2f}%",
-            note=note,
         )
-    ]
-    if name == "h4096_2x":
-        step_error = abs(predicted["step_us"] / 1e3 / ms - 1) * 100
-        peak_error = abs(predicted["peak_bytes"] / peak - 1) * 100
-        rows.append(row("storm.peak_prediction_err_pct", peak_error, "%", note="of all bytes allocated"))
-        rows.append(row("storm.step_prediction_err_pct", step_error, "%"))
-    return rows
 
+    def evidence(self, storm: Storm, ms: float, peak: int, report: dict[str, Any]) -> None:
+        """How true the prediction was, what hooks take, and what the profiler saw of transfers."""
+        predicted = report["predicted"]
+        error = abs(predicted["step_us"] / 1e3 / ms - 1) * 100
+        self.rows.append(
+            row("storm.step_prediction_err_pct", error, "%", note="the plan's step against the median")
+        )
+        error = abs(predicted["peak_bytes"] / peak - 1) * 100
+        self.rows.append(row("storm.peak_prediction_err_pct", error, "%", note="of all bytes allocated"))
+        times = timed_hooks(storm)
+        step_times(self.model, self.x, storm, 1, 3)
+        storm.close()
+        median = statistics.median(times)
+        print(f"    hooks: median {median:.1f} us of {len(times)}", flush=True)
+        self.rows.append(row("storm_limit.hook_us.h4096_2x", median, "us", note=f"median of {len(times)}"))
+        self.profile(storm)
 
-def run_peer(peer: str, model: Blocks, x: torch.Tensor, steps: int) -> tuple[float, int]:
-    """Median ms and peak of another method."""
-    if peer == "checkpointing":
-        model.checkpoint = checkpointing
+    def profile(self, storm: Storm) -> None:
+        """One step as the profiler sees it."""
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with storm:
+            self.model(self.x).backward()
+            torch.cuda.synchronize()
+            with torch.profiler.profile(activities=activities) as profile:
+                self.model(self.x).backward()
+                torch.cuda.synchronize()
+        seen = lanes(profile)
+        facts = exposed(seen)
+        print(f"    profiler: {facts}", flush=True)
+        self.rows.append(
+            row(
+                "storm.exposed_stall_pct",
+                facts["exposed_pct"],
+                "%",
+                note=f"one profiled step of h4096_2x: a copy ran and no kernel did, of {facts['step_ms']:.1f} ms; "
+                f"kernels ran {facts['kernels_pct']:.1f}% of it, copies out {facts['offload_ms']:.1f} ms at "
+                f"{facts['offload_gbps']:.1f} GB/s, back {facts['onboard_ms']:.1f} ms at {facts['onboard_gbps']:.1f}",
+            )
+        )
+        folder = Path(os.environ.get("OUT", RESULTS))
+        (folder / "storm_timeline.json").write_text(json.dumps(seen))
+
+    def peer(self, peer: str) -> None:
+        """Another method."""
+        model, nothing, steps = self.model, contextlib.nullcontext(), self.options.steps
         try:
-            return step_times(model, x, contextlib.nullcontext(), 2, steps)
+            if peer in ("checkpointing", "unsloth"):
+                model.checkpoint = checkpointing if peer == "checkpointing" else unsloth_checkpoint()
+                if model.checkpoint is None:
+                    return
+                ms, peak = step_times(model, self.x, nothing, 2, steps)
+            elif peer == "save_on_cpu":
+                context = torch.autograd.graph.save_on_cpu(pin_memory=True)
+                ms, peak = step_times(model, self.x, context, 1, 1)
+            else:
+                context = trl_offload(model)
+                if context is None:
+                    return
+                ms, peak = step_times(model, self.x, context, 1, 2)
+        except Exception:
+            traceback.print_exc()
+            return
         finally:
             model.checkpoint = None
-    if peer == "save_on_cpu":
-        return step_times(model, x, torch.autograd.graph.save_on_cpu(pin_memory=True), 1, 2)
-    context = trl_offload(model) if peer == "trl" else None
-    if context is None:
-        raise KeyError(peer)
-    return step_times(model, x, context, 1, 2)
+            self.x.grad = None
+            gc.collect()
+            torch.cuda.empty_cache()
+        self.peaks[peer], self.peer_ms[peer] = peak, ms
+        self.say(peer, ms, peak)
+        note = f"activation peak {(peak - self.fixed) / self.saved:.3f} of saved bytes"
+        overhead = ms / self.keep_ms * 100 - 100
+        self.rows.append(row(f"storm_limit.{self.name}.{peer}_overhead_pct", overhead, "%", note=note))
+
+
+def capacity(options: argparse.Namespace) -> Rows:
+    """A step whose activations exceed the card, in half of the card: h = 4096, 16 layers."""
+    part = Part(4096, 16, {}, 4096, options.capacity_sequences)
+    total = torch.cuda.get_device_properties(0).total_memory
+    with Memory() as memory:
+        model, x = build(part)
+        # The driver's context, cuBLAS, and what torch's allocator cannot give out are not torch's bytes.
+        budget = memory.total_bytes // 2 - 5 * 2**30
+        storm = Storm(model, vram_budget=budget, host_budget=options.capacity_host_budget)
+        begin = time.perf_counter()
+        ms, peak = step_times(model, x, storm, WARM_STEPS, 3)
+        seconds = time.perf_counter() - begin
+        storm.close()
+    parameters = sum(p.nbytes for p in model.parameters())
+    record = json.loads(storm._planner.record_json() or "null")["units"]
+    saved = wide = 0
+    for unit, after in zip(record, [*record[1:], None], strict=True):
+        if not unit["is_narrow"]:
+            saved += unit["bytes"]
+            wide += unit["bytes"] // 2 if after and after["is_narrow"] else 0
+    report = storm.report()
+    demand = (parameters + saved - wide) / memory.total_bytes * 100
+    most = max(memory.used_bytes)
+    note = (
+        f"Llama blocks h=4096, {part.layers} layers, {part.sequences} x {part.sequence} tokens, random weights, bf16, "
+        f"no optimizer: parameters {parameters / GB:.1f} GB, saved {saved / GB:.1f} GB, of which copies in fp32 count "
+        f"as 16 bit; card {memory.total_bytes / GB:.1f} GB; median step {ms:.0f} ms, {seconds:.0f} s for "
+        f"{WARM_STEPS + 3} steps; budget {budget / GB:.1f}, peak {peak / GB:.1f} GB of torch's own bytes; plan "
+        f"{report['predicted']}; host pool {report['pool']['bytes_reserved'] / GB:.1f} GB"
+    )
+    print(
+        f"capacity: demand {demand:.1f}% of {total / GB:.1f} GB, NVML at most {most / memory.total_bytes * 100:.1f}%"
+    )
+    print(f"    {note}", flush=True)
+    folder = Path(os.environ.get("OUT", RESULTS))
+    (folder / "storm_capacity_nvml.json").write_text(json.dumps(memory.log()))
+    used = f"{len(memory.used_bytes)} samples of NVML, every 50 ms, model built to last step"
+    return [
+        row("storm.capacity.demand_pct", demand, "%", note=note),
+        row("storm.capacity.nvml_used_pct_max", most / memory.total_bytes * 100, "%", note=used),
+    ]
+
+
+def with_worst(rows: Rows) -> Rows:
+    """``rows`` with the goals that are the worse of two widths."""
+    rows = list(rows)
+    for peer in ("checkpointing", "trl"):
+        found = [
+            r["value"] for r in rows if r["id"].endswith(f".vs_{peer}_speedup") and "storm_limit" in r["id"]
+        ]
+        if len(found) == 2:
+            note = "h=4096 and 8192, at equal or lower activation peak, the worse"
+            rows.append(row(f"storm.vs_{peer}_speedup", min(found), "x", note=note))
+    return rows
+
+
+def earlier_rows(name: str) -> Rows:
+    """Rows that an earlier call left."""
+    path = Path(os.environ.get("OUT", RESULTS)) / f"{name}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [r for r in rows if r["id"] not in ("storm.vs_checkpointing_speedup", "storm.vs_trl_speedup")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", default=list(PARTS))
-    parser.add_argument("--variants", nargs="*", default=["rebuild", "hooks"])
-    parser.add_argument("--peers", nargs="*", default=["checkpointing", "trl", "save_on_cpu"])
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--parts", nargs="*", default=[*PARTS, "capacity"])
+    parser.add_argument("--budgets", nargs="*", help="of the parts, these goals only")
+    parser.add_argument("--peers", nargs="*", default=PEERS)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--host-budget", default="64GiB")
-    parser.add_argument("--dump", action="store_true", help="leave the record and the plan in $OUT")
+    parser.add_argument("--capacity-sequences", type=int, default=16)
+    parser.add_argument("--capacity-host-budget", default="80GiB")
+    parser.add_argument("--dump", nargs="*", default=[], help="goals whose record is left in $OUT")
+    parser.add_argument(
+        "--continue", dest="adds", action="store_true", help="add to what an earlier call wrote"
+    )
     parser.add_argument("--name", default="storm_limit")
     options = parser.parse_args()
     print(f"overspill {overspill.__version__}, torch {torch.__version__}, {torch.cuda.get_device_name()}")
     link = raw_link()
-    print(f"link {link['d2h']:.1f} / {link['h2d']:.1f} GB/s")
-    rows = []
+    print(f"link {link['d2h']:.1f} / {link['h2d']:.1f} GB/s", flush=True)
+    rows = earlier_rows(options.name) if options.adds else []
     for name in options.parts:
+        begin = time.perf_counter()
+        done: Rows = []
         try:
-            rows += bench(name, PARTS[name], options)
-        except Exception as error:
-            print(f"{name}: {error!r}", file=sys.stderr)
+            if name == "capacity":
+                done = capacity(options)
+                write_results(options.name, with_worst(rows + done))
+            else:
+                for done in Bench(name, PARTS[name], options).run():
+                    write_results(options.name, with_worst(rows + done))
+        except Exception:
+            traceback.print_exc()
+        rows += done
         gc.collect()
         torch.cuda.empty_cache()
-    print(write_results(options.name, rows))
+        print(f"{name}: {time.perf_counter() - begin:.1f} s", flush=True)
+    print(write_results(options.name, with_worst(rows)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -39,6 +39,9 @@ class CpuEdge:
         self.highest_bytes = peak
         return anonymous, max(peak - (resident - anonymous), anonymous)
 
+    def forget_peak(self) -> None:
+        """Makes the next sample's peak that of what follows. The system shows only what exceeds all before."""
+
     def has_room(self, nbytes: int, budget_bytes: int) -> bool:
         """Whether a proof may take ``nbytes`` for a moment. The process's memory is no hard limit."""
         return True
@@ -98,6 +101,10 @@ class CudaEdge:
         live = torch.cuda.memory_stats_as_nested_dict(self.device)["allocated_bytes"]["all"]
         torch.cuda.reset_peak_memory_stats(self.device)
         return live["current"], live["peak"]
+
+    def forget_peak(self) -> None:
+        """Makes the next sample's peak that of what follows."""
+        torch.cuda.reset_peak_memory_stats(self.device)
 
     def has_room(self, nbytes: int, budget_bytes: int) -> bool:
         """Whether a proof may take ``nbytes`` for a moment."""

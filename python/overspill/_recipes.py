@@ -1,8 +1,9 @@
 """How a saved tensor is computed again: the operation that made it, on what autograd saved for that.
 
 A recipe is read off the graph (``grad_fn``), never recorded from calls, so that it costs nothing where
-it is not used. Only elementwise and normalisation nodes that save their inputs have one: a node that
-saved the tensor itself (sigmoid, exp, tanh save their output) would be a cycle that no collector sees.
+it is not used. Elementwise and normalisation nodes that save their inputs have one, and products of two
+matrices; a node that saved the tensor itself (sigmoid, exp, tanh save their output) would be a cycle that
+no collector sees.
 It holds :class:`Saved` handles of the inputs and never a node or a tensor with a history. Whether its
 bits are the tensor's is not known here; see :meth:`Recipe.makes`.
 """
@@ -33,6 +34,11 @@ class Recipe:
     """What has to be the same in another step for the proof to hold there; comparable."""
     narrow: torch.dtype | None = None
     """Set where the one input is a copy in this type that has yet to be made."""
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it multiplies two matrices."""
+        return bool(self.signature[0] == "MmBackward0")
 
     @property
     def depth(self) -> int:
@@ -70,6 +76,7 @@ def _words(storage: torch.UntypedStorage) -> torch.Tensor:
 
 # Node: names of the saved inputs, names of other saved arguments, and the operation on both.
 _NODES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Operation]] = {
+    "MmBackward0": (("self", "mat2"), (), torch.mm),
     "MulBackward0": (("self", "other"), (), torch.mul),
     "DivBackward0": (("self", "other"), (), torch.div),
     "SiluBackward0": (("self",), (), torch.nn.functional.silu),
@@ -106,6 +113,10 @@ def recipes(base: torch.Tensor, epsilons: tuple[float, ...]) -> list[Recipe]:
         return []
     layout = (base.dtype, base.shape, base.stride(), base.storage_offset(), base._version)
     try:
+        if node.name() == "UnsafeViewBackward0":
+            # A linear layer without a bias on a batch of sequences: the product, in another shape.
+            before, output = node.next_functions[0]
+            return _of_node(before, epsilons, layout, base.shape) if before and output == 0 else []
         if node.name() != "ToCopyBackward0":
             return _of_node(node, epsilons, layout, None)
         before, output = node.next_functions[0]
@@ -120,8 +131,9 @@ def recipes(base: torch.Tensor, epsilons: tuple[float, ...]) -> list[Recipe]:
 
 
 def _of_node(
-    node: Any, epsilons: tuple[float, ...], layout: tuple[Any, ...], cast: torch.dtype | None
+    node: Any, epsilons: tuple[float, ...], layout: tuple[Any, ...], after: torch.dtype | torch.Size | None
 ) -> list[Recipe]:
+    """Recipes of what ``node`` made, cast to another type or seen in another shape ``after`` it."""
     name = node.name()
     if name not in _NODES:
         return []
@@ -137,15 +149,19 @@ def _of_node(
     values = tuple(getattr(node, "_saved_" + constant) for constant in constants)
     tails = [(*values, epsilon) for epsilon in epsilons] if name in _WITH_EPSILON else [values]
     return [
-        Recipe(_with_tail(operation, tail, cast), tuple(inputs), (name, tail, cast, *layout))
+        Recipe(_with_tail(operation, tail, after), tuple(inputs), (name, tail, after, *layout))
         for tail in tails
     ]
 
 
-def _with_tail(operation: Operation, tail: tuple[Any, ...], cast: torch.dtype | None) -> Operation:
-    if cast is None:
+def _with_tail(
+    operation: Operation, tail: tuple[Any, ...], after: torch.dtype | torch.Size | None
+) -> Operation:
+    if after is None:
         return lambda *inputs: operation(*inputs, *tail)
-    return lambda *inputs: operation(*inputs, *tail).to(cast)
+    if isinstance(after, torch.Size):
+        return lambda *inputs: operation(*inputs, *tail).view(after)
+    return lambda *inputs: operation(*inputs, *tail).to(after)
 
 
 def _widen(dtype: torch.dtype) -> Operation:

@@ -324,10 +324,11 @@ class Storm:
         return [
             recipe
             for recipe in recipes(base, self._epsilons)
-            if all(self._may_be_read(saved, unit) for saved in recipe.inputs) and recipe.depth <= MAX_DEPTH
+            if all(self._may_be_read(saved, unit, recipe) for saved in recipe.inputs)
+            and recipe.depth <= MAX_DEPTH
         ]
 
-    def _may_be_read(self, saved: Saved, unit: Unit) -> bool:
+    def _may_be_read(self, saved: Saved, unit: Unit, recipe: Recipe) -> bool:
         if saved.unit is not None:
             other = saved.unit
             return (
@@ -338,13 +339,10 @@ class Storm:
         tensor = saved.tensor
         if tensor is None or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return False
-        # A leaf that is not of the model may be a shard that is emptied until its layer's backward.
-        ours = (
-            not (tensor.is_leaf and tensor.requires_grad)
-            or tensor.layout is torch.strided
-            and (tensor.untyped_storage()._cdata in self._fixed_storages)
-        )
-        return ours
+        is_fixed = tensor.layout is torch.strided and tensor.untyped_storage()._cdata in self._fixed_storages
+        # A leaf that is not of the model, or what a product reads of it in another shape, may be a shard
+        # that is emptied until its layer's backward.
+        return is_fixed or not (tensor.is_leaf and tensor.requires_grad or recipe.is_product)
 
     def _signature(self, recipe: Recipe) -> tuple[Any, ...]:
         inputs: list[Any] = []
@@ -453,6 +451,8 @@ class Storm:
         if self._timing:
             self._timeline.end(begin)
         self._forget_source(unit)
+        if self._planner.is_recording:
+            self._edge.forget_peak()  # with what has just gone it is not the model's
 
     def _release_sources(self) -> None:
         """Lets sources of offloads go, oldest first, while too many bytes are on their way out."""
