@@ -93,7 +93,36 @@ def storm_v1(document: dict[str, Any]) -> plt.Figure | None:
     return figure
 
 
-DRAWN = {"tpde_cpu": tpde_cpu, "storm_v1": storm_v1}
+def djinn_sessions(document: dict[str, Any]) -> plt.Figure | None:
+    """What a session costs, in milliseconds, beside plain transformers and PyTorch."""
+    names = {
+        "djinn.swap_out_ms": "a session leaves",
+        "djinn.swap_in_ms": "it comes back",
+        "djinn.decode_ms_13b": "a decode step",
+    }
+    rows = [row for row in document["rows"] if row["id"] in names and row["peer_value"]]
+    if not rows:
+        return None
+    figure, axes = plt.subplots(figsize=(7.5, 0.75 * len(rows) + 1.2))
+    for y, row in enumerate(reversed(rows)):
+        for offset, label, value, colour in (
+            (0.18, names[row["id"]], row["value"], OURS),
+            (-0.18, row["peer"], row["peer_value"], OTHERS),
+        ):
+            axes.barh(y + offset, value, height=0.34, color=colour)
+            axes.annotate(
+                f"{label}: {value:.1f} ms", (value, y + offset), xytext=(4, 0), textcoords="offset points",
+                va="center", fontsize=8,
+            )  # fmt: skip
+    axes.set_yticks([])
+    axes.set_xscale("log")
+    axes.set_xlim(1, 4e4)
+    axes.set_xlabel("milliseconds (log scale)")
+    axes.set_title("Djinn: one session of 2048 tokens of a 13B shape, fp16, random weights", loc="left")
+    return figure
+
+
+DRAWN = {"tpde_cpu": tpde_cpu, "storm_v1": storm_v1, "djinn_sessions": djinn_sessions}
 
 
 def main() -> None:
