@@ -264,7 +264,10 @@ def pool_growth(steps: int) -> dict[str, float]:
 def bench_width(width: int, layers: int, steps: int, link: dict[str, float]) -> list[dict[str, Any]]:
     """All methods at one width."""
     torch.manual_seed(0)
-    model = Blocks(width, layers).to("cuda", torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):  # a CPU takes minutes to draw the weights
+        model = Blocks(width, layers)
+    torch.set_default_dtype(torch.float32)
     x = torch.randn(TOKENS // SEQUENCE, SEQUENCE, width, device="cuda", dtype=torch.bfloat16)
     x.requires_grad_(True)
     model(x).backward()
