@@ -54,7 +54,7 @@ pub struct Applied {
     pub left: Vec<LeftChunk>,
     /// Jobs that it left to the host, untouched.
     pub host: Vec<usize>,
-    /// Device memory that it took beside patch, base and final.
+    /// Device memory that it took beside the patch with its tables, base and final.
     pub scratch_bytes: usize,
 }
 
@@ -62,9 +62,33 @@ pub struct Applied {
 pub struct Decoder {
     device: Arc<CudaDevice>,
     kernels: Vec<(String, Kernel)>,
-    /// Segments, tables, status and bitmap of one application; grows, and is used by one at a time.
+    /// Segments, status and bitmaps of one application; grows, and is used by one at a time.
     scratch: Mutex<Option<DeviceRange>>,
     shared: SharedMemory,
+}
+
+/// The tables of a patch's segments, in device memory: what its heads say, unpacked.
+#[derive(Clone)]
+pub struct DeviceTables {
+    range: DeviceRange,
+}
+
+impl DeviceTables {
+    /// Brings tables up.
+    ///
+    /// # Errors
+    /// A device without room for them.
+    pub fn load(device: &CudaDevice, tables: &FlatTables) -> Result<Self> {
+        let bytes: Vec<u8> = tables.words().iter().flat_map(|word| word.to_le_bytes()).collect();
+        let range = device.alloc_device(bytes.len())?;
+        device.write(&range, &bytes)?;
+        Ok(DeviceTables { range })
+    }
+
+    /// Bytes that they take.
+    pub fn device_bytes(&self) -> usize {
+        self.range.bytes()
+    }
 }
 
 /// Dynamic shared memory of a block of mode S.
@@ -122,32 +146,29 @@ impl Decoder {
     /// the checks that fail.
     ///
     /// # Safety
-    /// The addresses of every job name device memory of the sizes that its segment says, which nothing else uses
-    /// until this returns; outputs do not overlap each other, nor their base unless they are equal.
+    /// `tables` are those that the jobs' segments were parsed into. The addresses of every job name device memory of
+    /// the sizes that its segment says, which nothing else uses until this returns; outputs do not overlap each other, nor their base unless they are equal.
     pub unsafe fn apply(
         &self,
         stream: &StreamRef,
         jobs: &[Job<'_>],
-        tables: &FlatTables,
+        tables: &DeviceTables,
         check: bool,
     ) -> Result<Applied> {
         let plan = Plan::new(jobs, self.shared.most_bytes);
         let mut guard = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        let bytes = Layout::of(&plan, tables);
+        let bytes = Layout::of(&plan);
         let scratch = match guard.take() {
             Some(range) if range.bytes() >= bytes.total => range,
             _ => self.device.alloc_device(bytes.total)?,
         };
         let mut upload = vec![0; bytes.total];
         upload[..plan.segments.len()].copy_from_slice(&plan.segments);
-        for (word, to) in tables.words().iter().zip(upload[bytes.tables..].chunks_exact_mut(4)) {
-            to.copy_from_slice(&word.to_le_bytes());
-        }
         self.device.write(&scratch.slice(0..bytes.total)?, &upload)?;
         let at = |offset: usize| scratch.addr() + offset as u64;
         let places = Places {
             segments: at(0),
-            tables: at(bytes.tables),
+            tables: tables.range.addr(),
             status: at(bytes.status),
             bitmap: at(bytes.first_bitmap),
         };
@@ -182,7 +203,6 @@ impl Decoder {
 
 /// Offsets in the scratch memory.
 struct Layout {
-    tables: usize,
     status: usize,
     first_bitmap: usize,
     second_bitmap: usize,
@@ -190,18 +210,11 @@ struct Layout {
 }
 
 impl Layout {
-    fn of(plan: &Plan, tables: &FlatTables) -> Self {
-        let tables_at = plan.segments.len().next_multiple_of(16);
-        let status = (tables_at + tables.words().len() * 4).next_multiple_of(16);
+    fn of(plan: &Plan) -> Self {
+        let status = plan.segments.len().next_multiple_of(16);
         let first_bitmap = status + 16;
         let second_bitmap = first_bitmap + plan.bitmap_bytes();
-        Layout {
-            tables: tables_at,
-            status,
-            first_bitmap,
-            second_bitmap,
-            total: second_bitmap + plan.bitmap_bytes(),
-        }
+        Layout { status, first_bitmap, second_bitmap, total: second_bitmap + plan.bitmap_bytes() }
     }
 }
 
@@ -250,7 +263,7 @@ impl Run<'_> {
                 Family::Sparse => capacity * (4 + launch.word_bytes),
                 _ => launch.shared_bytes,
             };
-            let shape = Shape { shared_bytes, ..Shape::linear(launch.blocks, THREADS) };
+            let shape = Shape { shared_bytes, ..Shape::linear(launch.blocks, launch.threads) };
             let args: Vec<Arg> = launch.arguments(places, capacity, only);
             // SAFETY: the arguments are the kernel's; the memory is the caller's promise.
             unsafe { self.decoder.kernel(&launch.kernel).launch(&**self.stream, shape, &args) }?;

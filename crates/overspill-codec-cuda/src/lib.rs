@@ -12,7 +12,7 @@ mod link;
 pub mod plan;
 mod resident;
 
-pub use decoder::{Applied, Decoder, Error, Result};
+pub use decoder::{Applied, Decoder, DeviceTables, Error, Result};
 pub use link::{LinkCodec, LinkPlaces};
 pub use plan::{Job, LeftChunk, Plan};
 pub use resident::{DevicePatch, Place};

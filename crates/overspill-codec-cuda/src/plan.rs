@@ -7,12 +7,14 @@
 use overspill_codec::{BaseKind, FlatSegment};
 use overspill_device::cuda::Arg;
 
-/// Threads of every block; the kernels are written for it.
+/// Threads of a block, but of modes S and D; the kernels are written for it.
 pub const THREADS: u32 = 256;
-/// Dynamic shared memory that a block of mode S has at first: three blocks fit a multiprocessor of 228 KiB.
-pub const USUAL_SPARSE_BYTES: u32 = 44 << 10;
-/// Chunks that a block of modes D and W takes, a warp each.
-const CHUNKS_A_BLOCK: u32 = 8;
+/// Threads of a block of mode D: its tables are large, and shared by all warps.
+pub const DENSE_THREADS: u32 = 512;
+/// Threads of a block of mode S. Its first warp decodes alone while the others wait, so small blocks, more of them.
+pub const SPARSE_THREADS: u32 = 128;
+/// Dynamic shared memory that a block of mode S has at first: five blocks fit a multiprocessor of 228 KiB.
+pub const USUAL_SPARSE_BYTES: u32 = 27 << 10;
 /// Bytes of a slot table with one byte a slot, and of the list of its entries.
 const SLOT_BYTES: u32 = 4096 + 1024;
 /// Bytes of a slot table with a word a slot.
@@ -51,6 +53,8 @@ pub struct Launch {
     pub count: u32,
     /// Blocks.
     pub blocks: u32,
+    /// Threads of a block.
+    pub threads: u32,
     /// Which kind.
     pub family: Family,
     /// Dynamic shared memory of modes D and W.
@@ -152,12 +156,18 @@ impl Plan {
         }
         let list_bytes = self.segments.len();
         let (mut units, mut shared_bytes) = (0, 0);
+        let threads = match family {
+            Family::Sparse => SPARSE_THREADS,
+            Family::Dense => DENSE_THREADS,
+            Family::Check | Family::Planes => THREADS,
+        };
         for &i in list {
             let segment = jobs[i].segment;
             put(&mut self.segments, &jobs[i], units, self.chunks[i], copies);
             units += match family {
                 Family::Sparse => segment.chunks,
-                _ => segment.chunks.div_ceil(CHUNKS_A_BLOCK),
+                // A warp a chunk.
+                _ => segment.chunks.div_ceil(threads / 32),
             };
             shared_bytes = shared_bytes.max(match family {
                 Family::Dense => segment.dense_classes * SLOT_BYTES,
@@ -178,6 +188,7 @@ impl Plan {
             list_bytes,
             count,
             blocks: units,
+            threads,
             family,
             shared_bytes,
         });

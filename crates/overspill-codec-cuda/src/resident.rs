@@ -12,7 +12,7 @@ use overspill_device::cuda::CudaDevice;
 use overspill_device::{Device, DeviceRange, StreamRef};
 use overspill_tpde::Patch;
 
-use crate::decoder::{Applied, Decoder, Error, Result};
+use crate::decoder::{Applied, Decoder, DeviceTables, Error, Result};
 use crate::plan::Job;
 
 /// Payloads are read and sent in pieces of this size.
@@ -34,7 +34,7 @@ pub struct Place {
 pub struct DevicePatch {
     device: Arc<CudaDevice>,
     segments: Vec<Part>,
-    tables: FlatTables,
+    tables: DeviceTables,
     blob: DeviceRange,
     index: DeviceRange,
 }
@@ -76,12 +76,13 @@ impl DevicePatch {
         if !patch.index().is_empty() {
             device.write(&index.slice(0..patch.index().len())?, patch.index())?;
         }
+        let tables = DeviceTables::load(device, &tables)?;
         Ok(DevicePatch { device: Arc::clone(device), segments, tables, blob, index })
     }
 
     /// Bytes that it takes on the device.
     pub fn device_bytes(&self) -> usize {
-        self.blob.bytes() + self.index.bytes()
+        self.blob.bytes() + self.index.bytes() + self.tables.device_bytes()
     }
 
     /// Applies it: `places` has one for each entry of the manifest. Waits until it is done. `patch` is the one that

@@ -63,7 +63,7 @@ fn link_emulator() -> Option<&'static Mutex<Library>> {
     LINK_EMULATOR.get_or_init(|| compile(&kernels::LINK)).as_ref()
 }
 
-fn launch(library: &Library, kernel: &str, blocks: u32, args: &[Arg]) {
+fn launch(library: &Library, kernel: &str, [blocks, threads]: [u32; 2], args: &[Arg]) {
     let args: Vec<u64> = args
         .iter()
         .map(|arg| match *arg {
@@ -76,7 +76,7 @@ fn launch(library: &Library, kernel: &str, blocks: u32, args: &[Arg]) {
     unsafe {
         let function: Symbol<'_, *mut std::ffi::c_void> = library.get(kernel.as_bytes()).expect("kernel");
         let emulate: Symbol<'_, Emulate> = library.get(b"emulate").expect("emulate");
-        emulate(*function, blocks, THREADS, args.as_ptr(), args.len() as u32);
+        emulate(*function, blocks, threads, args.as_ptr(), args.len() as u32);
     }
 }
 
@@ -141,7 +141,7 @@ fn decode(
             continue;
         }
         let capacity = sparse_capacity(capacity_bytes, step.word_bytes.max(1));
-        launch(library, &step.kernel, step.blocks, &step.arguments(&places, capacity, 0));
+        launch(library, &step.kernel, [step.blocks, step.threads], &step.arguments(&places, capacity, 0));
         if status[0] != 0 {
             return Err(status[0]);
         }
@@ -150,7 +150,7 @@ fn decode(
         assert_eq!(whole.job, 0);
         let from = if case.spec.base == BaseKind::None { 0 } else { base_at };
         let args = [Arg::U64(out_at), Arg::U64(from), Arg::U64(case.last.len() as u64)];
-        launch(library, "tpde_whole", 2, &args);
+        launch(library, "tpde_whole", [2, THREADS], &args);
     }
     if status[2] != 0 || !plan.host.is_empty() {
         let left: Vec<u8> = bitmap.iter().flat_map(|word| word.to_le_bytes()).collect();
@@ -208,10 +208,10 @@ fn random_segments_decode() {
 fn a_step_of_training_fits_the_usual_block() {
     let Some(emulator) = emulator() else { return };
     let library = emulator.lock().unwrap_or_else(PoisonError::into_inner);
-    let (old, new) = training_step(7, 5.2e-7, 1 << 18);
+    let (old, new) = training_step(7, 5.2e-7, 1 << 17);
     let options = EncodeOptions { row_words: 4096, ..EncodeOptions::default() };
     let case = Case::encode("a step".into(), Base::Words(&old), new, Dtype::Bf16, &options);
-    assert_eq!(case.index.len(), RECORD_BYTES, "one chunk of 2^18 words");
+    assert_eq!(case.index.len(), RECORD_BYTES, "one chunk of 2^17 words");
     assert_eq!(decode(&library, &case, true, false, USUAL_SPARSE_BYTES), Ok(Some(case.last.clone())));
 }
 
@@ -246,7 +246,7 @@ fn check_link(library: &Library, format: LinkFormat, bytes: &[u8]) {
     let [words_arg, count_arg, payload_arg] = [words_at as u64, count as u64, payload_at].map(Arg::U64);
     let (records_arg, units_arg) = (Arg::U64(records.as_mut_ptr() as u64), Arg::U64(&raw mut units as u64));
     let args = [words_arg, count_arg, payload_arg, records_arg, units_arg];
-    launch(library, &format!("link_encode_{name}"), chunks as u32, &args);
+    launch(library, &format!("link_encode_{name}"), [chunks as u32, THREADS], &args);
     let expected = link_encode(format, bytes).expect("packs");
     let made: Vec<u8> =
         payload.iter().flat_map(|unit| unit.to_le_bytes()).take(units as usize * 16).collect();
@@ -261,7 +261,7 @@ fn check_link(library: &Library, format: LinkFormat, bytes: &[u8]) {
         records_arg,
         Arg::U64(&raw mut status as u64),
     ];
-    launch(library, &format!("link_decode_{name}"), chunks as u32, &args);
+    launch(library, &format!("link_decode_{name}"), [chunks as u32, THREADS], &args);
     assert_eq!(status, 0);
     assert!(view(bytes.len()) == bytes, "words differ");
     assert_eq!(view(bytes.len() + 2)[bytes.len()..], [0xee; 2]);
@@ -269,7 +269,7 @@ fn check_link(library: &Library, format: LinkFormat, bytes: &[u8]) {
     if let Some(record) = records.first_mut() {
         record[0] = units + 1;
         view(bytes.len()).fill(0xee);
-        launch(library, &format!("link_decode_{name}"), 1, &args);
+        launch(library, &format!("link_decode_{name}"), [1, THREADS], &args);
         assert_eq!((status, view(1)[0]), (1, 0xee));
     }
 }

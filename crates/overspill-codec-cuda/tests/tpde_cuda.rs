@@ -5,6 +5,8 @@
 //! `OVERSPILL_SEGMENTS` is the number of random segments (2,000).
 
 mod common;
+#[path = "common/host_link.rs"]
+mod host_link;
 #[path = "common/speed.rs"]
 mod speed;
 
@@ -13,7 +15,7 @@ use std::sync::Arc;
 
 use common::{Case, goldens, random};
 use overspill_codec::{BaseKind, FlatSegment, FlatTables};
-use overspill_codec_cuda::{Decoder, Job, LinkCodec};
+use overspill_codec_cuda::{Decoder, DeviceTables, Job, LinkCodec};
 use overspill_device::cuda::{CudaConfig, CudaDevice};
 use overspill_device::nvrtc::Nvrtc;
 use overspill_device::{Device, DeviceRange, StreamRef};
@@ -25,6 +27,10 @@ struct Rig {
 }
 
 impl Rig {
+    fn tables(&self, tables: &FlatTables) -> DeviceTables {
+        DeviceTables::load(&self.device, tables).expect("memory")
+    }
+
     fn upload(&self, bytes: &[u8]) -> DeviceRange {
         let range = self.device.alloc_device(bytes.len().next_multiple_of(256) + 256).expect("memory");
         let padded = [bytes, &vec![0xee; range.bytes() - bytes.len()]].concat();
@@ -37,6 +43,7 @@ impl Rig {
 fn decode_all(rig: &Rig, cases: &[Case]) -> usize {
     let mut tables = FlatTables::new();
     let flats: Vec<FlatSegment> = cases.iter().map(|case| case.flat(&mut tables)).collect();
+    let tables = rig.tables(&tables);
     let mut decoded = vec![true; cases.len()];
     for in_place in [false, true] {
         let memory: Vec<[DeviceRange; 4]> = cases
@@ -93,6 +100,7 @@ fn damaged_payloads_are_refused(rig: &Rig) {
         case.blob[at] ^= 1 << (seed % 8);
         let mut tables = FlatTables::new();
         let flat = case.flat(&mut tables);
+        let tables = rig.tables(&tables);
         let [base, out, blob, index] =
             [&case.base, &case.last, &case.blob, &case.index].map(|b| rig.upload(b));
         let job = Job {

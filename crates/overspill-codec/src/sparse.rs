@@ -19,7 +19,7 @@ use crate::CodecError;
 use crate::bits::{BitReader, BitWriter};
 use crate::classes::{Class, ClassKind, ClassPlan, KeyMap};
 use crate::gap;
-use crate::rans::{Decoder, Encoder, STATE_LOW, SymbolTable};
+use crate::rans::{Decoder, Encoder, MAX_LANES, STATE_LOW, SymbolTable};
 use crate::scan::{ClassEvents, ValueMap};
 use crate::segment::{BaseKind, PatchKind, SegmentSpec};
 use crate::simd;
@@ -257,9 +257,10 @@ impl Coder {
     fn finish(self, row_symbols: Option<u64>, counts: &[u64], out: &mut Vec<u8>) {
         let mut raw = self.fixed.finish();
         raw.extend_from_slice(&self.raw.finish());
-        // A lane costs about a byte and gains parallelism: one for every 256 bytes.
+        // A lane costs about a byte and gains parallelism: one for every 256 bytes, and a warp's from 1.5 KiB on.
         let estimate_bytes = raw.len() + self.symbols.len() / 2;
-        let lanes_log2 = (estimate_bytes / 256).max(1).ilog2().min(5);
+        let lanes_log2 =
+            if estimate_bytes < 1536 { (estimate_bytes / 256).max(1).ilog2() } else { MAX_LANES.ilog2() };
         let mut header = BitWriter::new();
         header.put(u64::from(lanes_log2), 3);
         let differences = || {
@@ -280,7 +281,7 @@ impl Coder {
         }
         differences().for_each(|d| put_signed(&mut header, d, g));
         out.extend_from_slice(&header.finish());
-        let mut seeds = [STATE_LOW; crate::rans::MAX_LANES];
+        let mut seeds = [STATE_LOW; MAX_LANES];
         let seeds = &mut seeds[..1 << lanes_log2];
         let mut halves = raw.chunks(2);
         for seed in seeds.iter_mut() {

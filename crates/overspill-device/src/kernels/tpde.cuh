@@ -77,11 +77,15 @@ static __device__ u32 load32(const u8* p, const u8* end) {
 
 static __device__ u32 low_bits(u32 value, u32 width) { return width < 32 ? value & ((1u << width) - 1) : value; }
 
-// Bits of a payload's header. Past the end there are zeros, and `late` tells.
+// Bits of a payload's header, whose first words stand in shared memory. Past the end there are zeros, and `late` tells.
+#define STAGED_WORDS 128u
 struct Header {
+    const u32* staged;
     const u8 *start, *end;
     u32 bit;
     __device__ u32 peek() const {
+        u32 word = bit >> 5;
+        if (word + 1 < STAGED_WORDS) return __funnelshift_r(staged[word], staged[word + 1], bit & 31);
         const u8* p = start + (bit >> 3);
         u32 shift = bit & 7;
         return __funnelshift_r(load32(p, end), load32(p + 4, end), shift);
@@ -143,14 +147,16 @@ struct Words {
     const u8 *start, *end;
     u32 pulled;  // words taken out
     u32 blocks;  // blocks of 64 words brought in
+    u32 ahead;   // this lane's part of the next block, on its way
     __device__ void bring(u32 lane) {
-        u32 value = load32(start + 128ull * blocks + 4 * lane, end);
-        ((u32*)ring)[(blocks & 1) * 32 + lane] = value;
+        ((u32*)ring)[(blocks & 1) * 32 + lane] = ahead;
         blocks++;
+        ahead = load32(start + 128ull * blocks + 4 * lane, end);
         __syncwarp();
     }
     __device__ void open(u16* to, const u8* from, const u8* to_end, u32 lane) {
         ring = to; start = from; end = to_end; pulled = 0; blocks = 0;
+        ahead = load32(start + 4 * lane, end);
         __syncwarp();
         bring(lane);
         bring(lane);
@@ -181,13 +187,14 @@ static __device__ void fill_slots(u8* slots, const u32* list, u32 share, u32 sha
     }
     u32 ends = low + 1 < count ? __ldg(list + 2 + low) >> 20 : 4096;
     for (u32 to = slot + each; slot < to; slot += 4) {
-        u32 four = 0;
-        for (u32 i = 0; i < 4; i++) {
+        u32 four = low * 0x01010101;
+        for (u32 i = 0; slot + 4 > ends && i < 4; i++) {
+            // Everything from here on is of the next entry, until its end is seen to be near too.
             while (slot + i >= ends) {
                 low++;
                 ends = low + 1 < count ? __ldg(list + 2 + low) >> 20 : 4096;
+                four = low_bits(four, 8 * i) | (low * 0x01010101) << (8 * i);
             }
-            four |= low << (8 * i);
         }
         *(u32*)(slots + slot) = four;
     }

@@ -1,7 +1,13 @@
-// Modes W and D (and Z and raw of segments without mode S): one warp a chunk, eight chunks of a segment a block,
-// which share the slot tables in dynamic shared memory. Symbol n is word n, so a warp's step makes 32 words.
+// Modes W and D (and Z and raw of segments without mode S): one warp a chunk; eight chunks of a segment a block, in
+// mode D sixteen, which share the slot tables in dynamic shared memory. Symbol n is word n, so a warp's step makes 32
+// words.
+
+#define AHEAD 4u  // steps that mode D looks ahead
+#define DENSE_THREADS 512u
+#define DENSE_WARPS (DENSE_THREADS / 32)
 
 struct LaneShared { u16 rings[WARPS][4][128]; };
+struct DenseShared { u16 rings[DENSE_WARPS][128]; u8 class_of[256]; };
 
 // Opens an entropy-coded part: 32 states, then words. False if it is too short or a state is out of range.
 static __device__ bool open_lanes(u32& state, Words& words, u16* ring, const u8* from, const u8* end, u32 lane) {
@@ -44,12 +50,12 @@ struct Work {
     bool mine;
 };
 
-static __device__ Work work_of(const Segment* segments, u32 count, u32 first_unit, u32 mode) {
+static __device__ Work work_of(const Segment* segments, u32 count, u32 first_unit, u32 mode, u32 warps) {
     u32 unit = first_unit + blockIdx.x, warp = threadIdx.x >> 5;
     Work work;
     work.segment = &segment_of(segments, count, unit);
     const Segment& segment = *work.segment;
-    u32 chunk = (unit - segment.first) * WARPS + warp;
+    u32 chunk = (unit - segment.first) * warps + warp;
     work.mine = false;
     if (chunk >= segment.chunks) return work;
     work.payload = payload_of(segment, chunk);
@@ -81,7 +87,7 @@ static __device__ void decode_planes(const Segment* segments, u32 count, const u
     const u32 planes = sizeof(W);
     __shared__ LaneShared shared;
     u32 thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, below = (1u << lane) - 1;
-    Work work = work_of(segments, count, first_unit, 4);
+    Work work = work_of(segments, count, first_unit, 4, WARPS);
     const Segment& segment = *work.segment;
     // Per coded plane its entry for each of 4096 slots.
     u32 coded = 0, tables[planes];
@@ -131,20 +137,37 @@ static __device__ void decode_planes(const Segment* segments, u32 count, const u
     }
     W* out = (W*)segment.out + work.first;
     bool is_float = segment.flags & IS_FLOAT;
-    for (u32 step = 0; step < work.words; step += 32) {
-        u32 n = step + lane, word = 0;
-        bool active = n < work.words;
+    // Raw bytes are on their way a few steps ahead.
+    const u32 ahead = planes == 4 ? 2 : 8;
+    u8 next[ahead][planes];
+#pragma unroll
+    for (u32 i = 0; i < ahead; i++) {
 #pragma unroll
         for (u32 p = 0; p < planes; p++) {
-            u32 byte;
-            if (tables[p]) {
-                byte = step_lane(states[p], words[p], slot_words[p][states[p] & 4095], active, lane, below);
-            } else {
-                byte = active ? __ldg(bytes[p] + n) : 0;
-            }
-            word |= byte << (8 * (planes - 1 - p));
+            u32 n = 32 * i + lane;
+            next[i][p] = !tables[p] && n < work.words ? __ldg(bytes[p] + n) : 0;
         }
-        if (active) out[n] = is_float ? rotated_right<W>((W)word) : (W)word;
+    }
+    for (u32 from = 0; from < work.words; from += 32 * ahead) {
+#pragma unroll
+        for (u32 i = 0; i < ahead; i++) {
+            if (from + 32 * i >= work.words) break;
+            u32 n = from + 32 * i + lane, word = 0;
+            bool active = n < work.words;
+#pragma unroll
+            for (u32 p = 0; p < planes; p++) {
+                u32 byte;
+                if (tables[p]) {
+                    byte = step_lane(states[p], words[p], slot_words[p][states[p] & 4095], active, lane, below);
+                } else {
+                    u32 later = n + 32 * ahead;
+                    byte = next[i][p];
+                    next[i][p] = later < work.words ? __ldg(bytes[p] + later) : 0;
+                }
+                word |= byte << (8 * (planes - 1 - p));
+            }
+            if (active) out[n] = is_float ? rotated_right<W>((W)word) : (W)word;
+        }
     }
 #pragma unroll
     for (u32 p = 0; p < planes; p++) {
@@ -212,27 +235,48 @@ static __device__ Predicted<W> predict(const Segment& segment, u32 block, u32 la
     return made;
 }
 
+// Raw bits of a chunk that a warp reads in order: 64 words, two a lane, the second half on its way.
+struct RawBits {
+    const u8 *start, *end;
+    u32 first, held, ahead;
+    __device__ void open(const u8* from, const u8* to, u32 lane) {
+        start = from; end = to; first = 0;
+        held = load32(start + 4 * lane, end);
+        ahead = load32(start + 4 * lane + 128, end);
+    }
+    // The 32 bits from `bit` on, which never goes back.
+    __device__ u32 from(u32 bit, u32 lane) {
+        while (bit / 32 - first >= 32) {
+            first += 32;
+            held = ahead;
+            ahead = load32(start + 4ull * (first + 32 + lane), end);
+        }
+        u32 word = bit / 32 - first;
+        u32 low = __shfl_sync(ALL, held, word), high = __shfl_sync(ALL, word < 31 ? held : ahead, (word + 1) & 31);
+        return __funnelshift_r(low, high, bit & 31);
+    }
+};
+
 template <typename W>
 static __device__ void decode_dense(const Segment* segments, u32 count, const u32* arena, u32 first_unit,
                                     Status* status, u32* bitmap, u8* slots) {
     const u32 bits = sizeof(W) * 8;
-    __shared__ LaneShared shared;
-    __shared__ u8 class_of[256];
+    __shared__ DenseShared shared;
     u32 thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, below = (1u << lane) - 1;
-    Work work = work_of(segments, count, first_unit, 3);
+    Work work = work_of(segments, count, first_unit, 3, DENSE_WARPS);
     const Segment& segment = *work.segment;
     const u32* tables = arena + segment.dense;
     u32 classes = __ldg(tables);
     if (!segment.dense) work.mine = false;
     u32* entries = (u32*)(slots + 4096 * classes);
-    ((u8*)class_of)[thread] = (u8)(__ldg(tables + 1 + thread / 4) >> (8 * (thread % 4)));
-    for (u32 c = warp; c < classes; c += WARPS) {
+    if (thread < 256) shared.class_of[thread] = (u8)(__ldg(tables + 1 + thread / 4) >> (8 * (thread % 4)));
+    for (u32 c = warp; c < classes; c += DENSE_WARPS) {
         const u32* list = arena + __ldg(tables + 65 + c);
         fill_slots(slots + 4096 * c, list, lane, 32);
         for (u32 e = lane; e < __ldg(list); e += 32) entries[256 * c + e] = __ldg(list + 1 + e);
     }
     __syncthreads();
-    u32 chunk = (first_unit + blockIdx.x - segment.first) * WARPS + warp;
+    u32 chunk = (first_unit + blockIdx.x - segment.first) * DENSE_WARPS + warp;
     if (chunk >= segment.chunks) return;
     u32 quant = QUANT(segment.flags);
     W* out = (W*)segment.out + work.first;
@@ -252,57 +296,63 @@ static __device__ void decode_dense(const Segment* segments, u32 count, const u3
     if (!good) from = to = at = end;
     u32 state;
     Words words;
-    good = open_lanes(state, words, shared.rings[warp][0], from, to, lane) && good;
+    good = open_lanes(state, words, shared.rings[warp], from, to, lane) && good;
     if (!good) {
         if (lane == 0) fail(status, ENDS_EARLY, work.number);
         return;
     }
     bool is_float = segment.flags & IS_FLOAT, fits = true;
-    u64 raw = 0;
-    for (u32 step = 0; step < work.words; step += 32) {
-        u32 n = step + lane, key;
-        bool active = n < work.words;
-        W old;
-        Predicted<W> predicted;
-        if (quant) {
-            predicted = predict<W>(segment, (work.first + step) / 32, lane);
-            key = predicted.key;
-            old = predicted.word;
-        } else {
-            old = active ? base[n] : 0;
-            key = (u32)old >> segment.key_shift & segment.key_mask;
-        }
-        u32 c = class_of[key];
-        u32 entry = entries[256 * c + slots[4096 * c + (state & 4095)]];
-        u32 symbol = step_lane(state, words, entry, active, lane, below), least, width;
-        bool changed = active && symbol != 0;
-        fits = (magnitude(symbol, bits, least, width) || !changed) && fits;
-        u32 who = __ballot_sync(ALL, changed), prefix = __popc(who & below), all = __popc(who);
-        if (__any_sync(ALL, changed && width)) {
-            u32 sums = scan(changed ? width + 1 : 0, lane);
-            prefix = sums - (changed ? width + 1 : 0);
-            all = __shfl_sync(ALL, sums, 31);
-        }
-        W made = old;
-        if (changed || quant) {
-            u32 change = 0;
-            if (changed) {
-                u64 bit = raw + prefix;
-                const u8* p = at + (bit >> 3);
-                u32 shift = (u32)bit & 7, low = load32(p, end), high = load32(p + 4, end);
-                u32 sign = low >> shift & 1, low_part = 0;
-                if (width) {
-                    u32 first = shift + 1;
-                    low_part = low_bits(__funnelshift_r(low, high, first), width);
-                }
-                u32 size = least + low_part;
-                change = sign ? 0u - size : size;
+    u32 key_shift = segment.key_shift, key_mask = segment.key_mask;
+    u32 raw = 0;
+    RawBits raw_bits;
+    raw_bits.open(at, end, lane);
+    // The base's words are on their way a few steps ahead.
+    W next[AHEAD];
+#pragma unroll
+    for (u32 i = 0; i < AHEAD; i++) next[i] = !quant && 32 * i + lane < work.words ? base[32 * i + lane] : 0;
+    for (u32 from_word = 0; from_word < work.words; from_word += 32 * AHEAD) {
+#pragma unroll
+        for (u32 i = 0; i < AHEAD; i++) {
+            u32 step = from_word + 32 * i;
+            if (step >= work.words) break;
+            u32 n = step + lane, key;
+            bool active = n < work.words;
+            W old;
+            Predicted<W> predicted;
+            if (quant) {
+                predicted = predict<W>(segment, (work.first + step) / 32, lane);
+                key = predicted.key;
+                old = predicted.word;
+            } else {
+                old = next[i];
+                next[i] = n + 32 * AHEAD < work.words ? base[n + 32 * AHEAD] : 0;
+                key = (u32)old >> key_shift & key_mask;
             }
-            if (quant && predicted.key < 4) made = rotated_right<W>((W)(change + predicted.pivot));
-            else made = stepped<W>(old, (W)change, is_float);
+            u32 c = shared.class_of[key];
+            u32 entry = entries[256 * c + slots[4096 * c + (state & 4095)]];
+            u32 symbol = step_lane(state, words, entry, active, lane, below), least, width;
+            bool changed = active && symbol != 0;
+            fits = (magnitude(symbol, bits, least, width) || !changed) && fits;
+            u32 who = __ballot_sync(ALL, changed), prefix = __popc(who & below), all = __popc(who), sign;
+            if (!__any_sync(ALL, changed && width)) {
+                sign = raw_bits.from(raw, lane) >> prefix & 1;
+            } else {
+                u32 own = changed ? width + 1 : 0, sums = scan(own, lane), bit = raw + sums - own;
+                const u8* p = at + (bit >> 3);
+                u32 shift = bit & 7, low = load32(p, end), high = load32(p + 4, end);
+                sign = low >> shift & 1;
+                least += low_bits(__funnelshift_r(low, high, shift + 1), width);
+                all = __shfl_sync(ALL, sums, 31);
+            }
+            W made = old;
+            if (changed || quant) {
+                u32 change = !changed ? 0 : sign ? 0u - least : least;
+                if (quant && predicted.key < 4) made = rotated_right<W>((W)(change + predicted.pivot));
+                else made = stepped<W>(old, (W)change, is_float);
+            }
+            raw += all;
+            if (active) out[n] = made;
         }
-        raw += all;
-        if (active) out[n] = made;
     }
     bool ended = __all_sync(ALL, state == 65536) && words.rest() == to;
     if (!__all_sync(ALL, fits)) good = false;
@@ -346,14 +396,21 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) tpde_whole(u64 to, u
     for (u64 i = done + thread; i < bytes; i += threads) ((u8*)to)[i] = from ? ((const u8*)from)[i] : 0;
 }
 
-#define LANES_KERNEL(NAME, DECODE, W)                                                                                \
-    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 3)                                                   \
+#define LANES_KERNEL(NAME, DECODE, W, THREADS, BLOCKS)                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                    \
     NAME(const Segment* segments, u32 count, const u32* arena, u32 first_unit, Status* status, u32* bitmap) {        \
         DECODE<W>(segments, count, arena, first_unit, status, bitmap, (u8*)dynamic_shared);                          \
     }
-LANES_KERNEL(tpde_planes_8, decode_planes, u8)
-LANES_KERNEL(tpde_planes_16, decode_planes, u16)
-LANES_KERNEL(tpde_planes_32, decode_planes, u32)
-LANES_KERNEL(tpde_dense_8, decode_dense, u8)
-LANES_KERNEL(tpde_dense_16, decode_dense, u16)
-LANES_KERNEL(tpde_dense_32, decode_dense, u32)
+// Shared memory for two blocks of mode D, where there is so much.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#define DENSE_BLOCKS 1
+#else
+#define DENSE_BLOCKS 2
+#endif
+
+LANES_KERNEL(tpde_planes_8, decode_planes, u8, BLOCK_THREADS, 3)
+LANES_KERNEL(tpde_planes_16, decode_planes, u16, BLOCK_THREADS, 3)
+LANES_KERNEL(tpde_planes_32, decode_planes, u32, BLOCK_THREADS, 3)
+LANES_KERNEL(tpde_dense_8, decode_dense, u8, DENSE_THREADS, DENSE_BLOCKS)
+LANES_KERNEL(tpde_dense_16, decode_dense, u16, DENSE_THREADS, DENSE_BLOCKS)
+LANES_KERNEL(tpde_dense_32, decode_dense, u32, DENSE_THREADS, DENSE_BLOCKS)

@@ -1,9 +1,9 @@
 // Mode S (and Z and raw of the same segments): one block a chunk.
 //
 // 1. The first warp reads the payload's counts and decodes every symbol, 32 lanes in lockstep, into shared
-//    memory; all warps build its slot tables, four at a time.
+//    memory; all warps bring in its tables.
 // 2. One warp a class turns symbols and raw bits into ascending ranks and values.
-// 3. The block goes through the base in windows of 16 KiB. Every thread counts the classes of its 64 bytes in
+// 3. The block goes through the base in windows of 64 bytes a thread. Every thread counts the classes of its bytes in
 //    4-bit counters of two registers, warps form prefix sums, and every event of the window looks its word up:
 //    subtile of 256 words, group of 64 bytes, word. Only changed words are written, out of place
 //    after the window's copy.
@@ -14,13 +14,18 @@
 #define CLASSES_MAX 16u
 #define RUNS_MAX (1 + 2 * CLASSES_MAX)
 #define ROWS_MAX 8192u
-#define TABLES 4u
+#define SPARSE_THREADS 128u
+#define SPARSE_WARPS (SPARSE_THREADS / 32)
+#define WINDOW_WORDS (16 * SPARSE_THREADS)          // 32-bit words of a window
+#define TABLES_MAX (SPARSE_THREADS / 4)             // whose buckets lie in `before`
+#define CLASS_LANES (SPARSE_THREADS / CLASSES_MAX)  // that look for a class's events
 
 enum Kind { GAPS, DENSE, CLUSTERED, ROWS };
 
 struct Class {
     u32 low, high, kind, k;
-    u32 gap_table, value_table;
+    u32 gap_table, value_table;    // lists of the arena, 0 for none
+    u32 gap_entries, value_entries;  // how long they are
     u32 symbols;  // gap symbols, or words of a dense class
     u32 slot;     // of its first symbol in `ranks` and `values`
     u32 events, fixed_bits, raw_bits;
@@ -33,13 +38,14 @@ struct Shared {
     u32 live, capacity_needed, verdict, chunk_words;
     u32 first_words[16];  // of the raw bits: what the lanes end in
     const u8 *raw_rest, *raw_end;
-    u32 seed_bytes, fixed_bits, raw_bits, row_events;
+    u32 seed_bytes, raw_bytes, raw_staged;
     u16 ring[128];
-    u32 cursor[CLASSES_MAX], window_rank[CLASSES_MAX], window_start[CLASSES_MAX + 1], window_events[CLASSES_MAX];
+    // Of each class in the window: words before it, its events, and where the first of them lies.
+    u32 window_rank[CLASSES_MAX], window_events[CLASSES_MAX], window_event[CLASSES_MAX];
     u32 rows[ROWS_MAX / 32];
-    uint4 window[1024];       // and before that the slot tables
-    uint4 before[256];        // classes in front of each group in its subtile; and before that the entries
-    u32 totals[64][17];       // classes in front of each subtile in the window
+    uint4 window[4 * SPARSE_THREADS];    // and before that the payload's header, tables, raw bits
+    uint4 before[SPARSE_THREADS];        // classes in front of each group in its subtile; and before that buckets
+    uint4 totals[SPARSE_THREADS / 4][2];  // classes in front of each subtile in the window, 16 bits each
 };
 
 // Counter of class q among the 4-bit fields of two registers, so that widening puts it at byte q.
@@ -54,30 +60,105 @@ struct Lanes {
     u32 state, count, next;  // lanes K; the next symbol's number
 };
 
-// Decodes `symbols` symbols with one table into `ranks` (gap symbols) or `values`.
+// Which entries the symbols of a run come from, and for every 64 slots the entry that holds the first of them.
+struct Table { const u32* entries; const u8* buckets; u32 count; };
+
+static __device__ u32 entry_of(const Table& table, u32 slot) {
+    u32 bucket = slot / 64, low = table.buckets[bucket];
+    u32 high = bucket < 63 ? table.buckets[bucket + 1] : table.count - 1;
+    while (low < high) {
+        u32 middle = (low + high + 1) / 2;
+        if (table.entries[middle] >> 20 <= slot) low = middle; else high = middle - 1;
+    }
+    return table.entries[low];
+}
+
+// What a run's symbols say of a class: events, and raw bits that follow.
+struct Tally { u32 events, bits; };
+
 template <typename W>
-static __device__ void decode_run(Lanes& lanes, Words& words, const u8* slots, const u32* entries, u32 symbols,
-                                  u32* ranks, W* values, u32 lane, u32 below) {
+static __device__ void count_symbol(Tally& tally, u32 kind, bool of_values, u32 is_step, u32 symbol) {
+    u32 least, width;
+    if (!of_values && kind != CLUSTERED) {
+        tally.events += symbol != 63;
+    } else if (!of_values) {
+        magnitude(symbol, 32, least, width);
+        tally.events++;
+        tally.bits += width + is_step;
+    } else if (!is_step) {
+        tally.bits += sizeof(W) * 8 - 8;
+    } else if (kind != DENSE || symbol != 0) {
+        magnitude(symbol, sizeof(W) * 8, least, width);
+        tally.events++;
+        tally.bits += width + (kind == DENSE);
+    }
+}
+
+// Decodes the symbols of one run with its table: gaps and dense classes into `ranks`, others into `values`. By one
+// warp.
+template <typename W>
+static __device__ void decode_run(Lanes& lanes, Words& words, const Table& table, Class& own, bool of_values,
+                                  u32 is_step, u32* ranks, W* values, u32 lane, u32 below) {
+    u32 kind = own.kind, symbols = of_values && kind != DENSE ? own.events : own.symbols;
     u32 end = lanes.next + symbols;
+    bool in_ranks = !of_values || kind == DENSE;
+    Tally tally = { 0, 0 };
     for (u32 step = lanes.next & ~(lanes.count - 1); step < end; step += lanes.count) {
         u32 n = step + lane;
         bool active = lane < lanes.count && n >= lanes.next && n < end;
-        u32 slot = lanes.state & 4095, entry = entries[slots[slot]];
+        u32 slot = lanes.state & 4095, entry = entry_of(table, slot);
         u32 x = ((entry >> 8 & 4095) + 1) * (lanes.state >> 12) + slot - (entry >> 20);
         bool needs = active && x < 65536;
         if (active) {
+            u32 symbol = entry & 255;
             lanes.state = x;
-            if (ranks) ranks[n - lanes.next] = entry & 255; else values[n - lanes.next] = (W)(entry & 255);
+            if (in_ranks) ranks[n - lanes.next] = symbol; else values[n - lanes.next] = (W)symbol;
+            count_symbol<W>(tally, kind, of_values, is_step, symbol);
         }
         lanes.state = words.pull(needs, lanes.state, lane, below);
     }
     lanes.next = end;
+    u32 events = sum(tally.events), bits = sum(tally.bits);
+    if (!of_values && kind != CLUSTERED) bits = events * (own.k + (kind == ROWS ? 0 : is_step));
+    if (lane == 0) {
+        if (!of_values || kind == DENSE) own.events = events;
+        if (of_values) own.raw_bits = bits; else own.fixed_bits = bits;
+    }
+    __syncwarp();
+}
+
+// The class of a run: rows, gaps of each class, values of each class.
+static __device__ Class& class_of_run(Shared& shared, u32 run) {
+    return shared.classes[run == 0 ? CLASSES_MAX : (run - 1) % shared.live];
+}
+
+// How long a run's table is; 0 if it has no symbols of its own.
+static __device__ u32 entries_of_run(const Shared& shared, const Class& own, u32 run) {
+    if (own.symbols == 0) return 0;
+    return run > shared.live ? own.value_entries : own.kind == DENSE ? 0 : own.gap_entries;
+}
+
+// Brings in a table and finds its buckets' entries. By one warp.
+static __device__ void load_table(u32* entries, u8* buckets, const u32* list, u32 count, u32 lane) {
+    for (u32 e = lane; e < count; e += 32) entries[e] = __ldg(list + 1 + e);
+    __syncwarp();
+    u32 low[2] = { 0, 0 }, high[2] = { count - 1, count - 1 };
+    for (u32 reach = count; reach > 1; reach = (reach + 1) / 2) {
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            u32 middle = (low[i] + high[i] + 1) / 2;
+            bool below = low[i] < high[i] && entries[middle] >> 20 <= 64 * (lane + 32 * i);
+            if (below) low[i] = middle; else if (low[i] < high[i]) high[i] = middle - 1;
+        }
+    }
+    buckets[lane] = (u8)low[0];
+    buckets[lane + 32] = (u8)low[1];
 }
 
 static __device__ void set_classes(Shared& shared, const Segment& segment, const u32* arena, u32 thread) {
     const u32* tables = arena + segment.sparse;
     u32 live = __ldg(tables);
-    for (u32 q = thread; q < live; q += BLOCK_THREADS) {
+    for (u32 q = thread; q < live; q += SPARSE_THREADS) {
         Class& own = shared.classes[q];
         u32 packed = __ldg(tables + 2 + 3 * q);
         own.low = packed & 255;
@@ -86,6 +167,8 @@ static __device__ void set_classes(Shared& shared, const Segment& segment, const
         own.k = packed >> 24;
         own.gap_table = __ldg(tables + 3 + 3 * q);
         own.value_table = __ldg(tables + 4 + 3 * q);
+        own.gap_entries = own.gap_table ? __ldg(arena + own.gap_table) : 0;
+        own.value_entries = own.value_table ? __ldg(arena + own.value_table) : 0;
         own.events = own.fixed_bits = own.raw_bits = 0;
     }
     u32 row_table = __ldg(tables + 1);
@@ -94,18 +177,19 @@ static __device__ void set_classes(Shared& shared, const Segment& segment, const
         rows.kind = ROWS;
         rows.k = row_table >> 24;
         rows.gap_table = row_table & 0xffffff;
+        rows.gap_entries = rows.gap_table ? __ldg(arena + rows.gap_table) : 0;
         rows.events = rows.fixed_bits = rows.fixed = 0;
         shared.live = live;
         shared.verdict = OK;
     }
-    for (u32 i = thread; i < ROWS_MAX / 32; i += BLOCK_THREADS) shared.rows[i] = 0;
+    for (u32 i = thread; i < ROWS_MAX / 32; i += SPARSE_THREADS) shared.rows[i] = 0;
     __syncthreads();
-    if (thread < 256) {
+    for (u32 key = thread; key < 256; key += SPARSE_THREADS) {
         uint2 counter = make_uint2(0, 0);
         for (u32 q = 0; q < live; q++) {
-            if (thread >= shared.classes[q].low && thread <= shared.classes[q].high) counter = counter_of(q);
+            if (key >= shared.classes[q].low && key <= shared.classes[q].high) counter = counter_of(q);
         }
-        shared.counters[thread] = counter;
+        shared.counters[key] = counter;
     }
 }
 
@@ -143,41 +227,12 @@ static __device__ bool read_counts(Shared& shared, Header& header, u32& lanes, u
     return good;
 }
 
-// Events and raw bits of a class whose symbols have been decoded; clustered and dense ones vary in width.
-template <typename W>
-static __device__ void measure_symbols(Class& own, const u32* ranks, const W* values, u32 is_step, bool of_values,
-                                       u32 lane) {
-    u32 events = 0, bits = 0;
-    u32 count = of_values && own.kind != DENSE ? own.events : own.symbols;
-    for (u32 i = lane; i < count; i += 32) {
-        u32 least, width;
-        if (!of_values) {
-            u32 symbol = ranks[i];
-            if (own.kind == CLUSTERED) {
-                magnitude(symbol, 32, least, width);
-                events++;
-                bits += width + is_step;
-            } else if (symbol != 63) {
-                events++;
-                bits += own.k + (own.kind == ROWS ? 0 : is_step);
-            }
-        } else if (!is_step) {
-            bits += sizeof(W) * 8 - 8;
-        } else {
-            u32 symbol = own.kind == DENSE ? ranks[i] : (u32)values[i];
-            magnitude(symbol, sizeof(W) * 8, least, width);
-            bool changed = own.kind != DENSE || symbol != 0;
-            events += changed;
-            bits += changed ? width + (own.kind == DENSE) : 0;
-        }
-    }
-    events = sum(events);
-    bits = sum(bits);
-    if (lane == 0) {
-        if (!of_values || own.kind == DENSE) own.events = events;
-        if (of_values) own.raw_bits = bits; else own.fixed_bits = bits;
-    }
-    __syncwarp();
+// The i-th word of the raw bits: from shared memory where they fit, else from what the lanes ended in and the payload.
+static __device__ u32 raw_word(const Shared& shared, u32 i) {
+    if (shared.raw_staged) return ((const u32*)shared.window)[i];
+    if (4 * i + 4 <= shared.seed_bytes) return shared.first_words[i];
+    if (4 * i >= shared.seed_bytes) return load32(shared.raw_rest + 4 * i - shared.seed_bytes, shared.raw_end);
+    return (shared.first_words[i] & 0xffff) | load32(shared.raw_rest, shared.raw_end) << 16;
 }
 
 // Decodes all symbols. Ends with a barrier; false if the chunk is bad or left, the same for all threads.
@@ -186,15 +241,20 @@ static __device__ bool decode_symbols(Shared& shared, const Segment& segment, Pa
                                       u32* ranks, u32 capacity, u32 words) {
     u32 thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, below = (1u << lane) - 1;
     bool is_step = segment.flags & IS_STEP;
+    u32* staged = (u32*)shared.window;
+    for (u32 i = thread; i < STAGED_WORDS; i += SPARSE_THREADS) {
+        staged[i] = load32(payload.start + 1 + 4 * i, payload.end);
+    }
     set_classes(shared, segment, arena, thread);
     __syncthreads();
     Lanes lanes = { 65536, 1, 0 };
     Words stream;
     if (warp == 0) {
-        Header header = { payload.start + 1, payload.end, 0 };
+        Header header = { staged, payload.start + 1, payload.end, 0 };
         bool good = read_counts(shared, header, lanes.count, words, lane);
         if (good && shared.capacity_needed <= capacity) {
-            Header states = { header.rest(), payload.end, 0 };
+            Header states = header;
+            states.bit = (states.bit + 7) & ~7u;
             u32 own = 0;
             for (u32 i = 0; i < lanes.count; i++) {
                 if (i == lane) own = states.bit;
@@ -214,51 +274,35 @@ static __device__ bool decode_symbols(Shared& shared, const Segment& segment, Pa
     W* values = (W*)(ranks + capacity);
     if (shared.verdict != OK || shared.capacity_needed > capacity) return false;
 
-    // Runs: rows, gaps of each class, values of each class. Four tables at a time lie in the window.
+    // As many runs at a time as their tables fit into the window; one warp brings a table in.
     u32 live = shared.live, runs = 1 + 2 * live;
-    u8* slots = (u8*)shared.window;
-    u32* entries = (u32*)shared.before;
+    u32* entries = (u32*)shared.window;
+    u8* buckets = (u8*)shared.before;
     for (u32 run = 0; run < runs;) {
-        // Which of the runs from here on have symbols: the next four, the same for all threads.
-        u32 chosen[TABLES], many = 0, next = run;
-        for (; next < runs && many < TABLES; next++) {
-            // Values of a class need its events counted, which the rounds before have done.
-            if (next == 1 + live && many) break;
-            const Class& own = shared.classes[next == 0 ? CLASSES_MAX : (next - 1) % live];
-            bool of_values = next > live;
-            u32 table = of_values ? own.value_table : own.gap_table;
-            if (!of_values && own.kind == DENSE) continue;
-            u32 symbols = of_values && own.kind != DENSE ? own.events : own.symbols;
-            if (symbols && table) {
-#pragma unroll
-                for (u32 i = 0; i < TABLES; i++) if (i == many) chosen[i] = next;
-                many++;
+        u32 next = run, used = 0, tables = 0;
+        for (; next < runs; next++) {
+            const Class& own = class_of_run(shared, next);
+            u32 count = entries_of_run(shared, own, next);
+            if (used + count > WINDOW_WORDS || tables == TABLES_MAX) break;
+            if (count && tables % SPARSE_WARPS == warp) {
+                const u32* list = arena + (next > live ? own.value_table : own.gap_table);
+                load_table(entries + used, buckets + 64 * tables, list, count, lane);
             }
-        }
-#pragma unroll
-        for (u32 i = 0; i < TABLES; i++) {
-            if (i >= many) break;
-            const Class& own = shared.classes[chosen[i] == 0 ? CLASSES_MAX : (chosen[i] - 1) % live];
-            const u32* list = arena + (chosen[i] > live ? own.value_table : own.gap_table);
-            u32 share = thread - 64 * i;
-            if (share < 64) {
-                fill_slots(slots + 4096 * i, list, share, 64);
-                for (u32 e = share; e < __ldg(list); e += 64) entries[256 * i + e] = __ldg(list + 1 + e);
-            }
+            tables += count != 0;
+            used += count;
         }
         __syncthreads();
         if (warp == 0) {
-#pragma unroll
-            for (u32 i = 0; i < TABLES; i++) {
-                if (i >= many) break;
-                bool of_values = chosen[i] > live;
-                Class& own = shared.classes[chosen[i] == 0 ? CLASSES_MAX : (chosen[i] - 1) % live];
-                bool in_ranks = !of_values || own.kind == DENSE;
-                u32 symbols = of_values && own.kind != DENSE ? own.events : own.symbols;
-                decode_run<W>(lanes, stream, slots + 4096 * i, entries + 256 * i, symbols,
-                              in_ranks ? ranks + own.slot : nullptr, values + own.slot, lane, below);
-                __syncwarp();
-                measure_symbols<W>(own, ranks + own.slot, values + own.slot, is_step, of_values, lane);
+            used = tables = 0;
+            for (; run < next; run++) {
+                Class& own = class_of_run(shared, run);
+                u32 count = entries_of_run(shared, own, run);
+                if (!count) continue;
+                Table table = { entries + used, buckets + 64 * tables, count };
+                decode_run<W>(lanes, stream, table, own, run > live, is_step, ranks + own.slot, values + own.slot,
+                              lane, below);
+                tables++;
+                used += count;
             }
         }
         run = next;
@@ -284,6 +328,8 @@ static __device__ bool decode_symbols(Shared& shared, const Segment& segment, Pa
             }
             u32 first_bytes = (fixed + 7) / 8, used = first_bytes + (raw + 7) / 8;
             for (u32 q = 0; q < live; q++) shared.classes[q].raw += 8 * first_bytes;
+            shared.raw_bytes = used;
+            shared.raw_staged = 0;
             // A stream of 64 Ki events and more of 40 bits would still fit into 32 bits.
             if (shared.verdict == OK) {
                 u64 there = shared.seed_bytes + (u64)(shared.raw_end - shared.raw_rest);
@@ -295,16 +341,18 @@ static __device__ bool decode_symbols(Shared& shared, const Segment& segment, Pa
         }
     }
     __syncthreads();
-    return shared.verdict == OK;
+    if (shared.verdict != OK) return false;
+    u32 raw_words = (shared.raw_bytes + 3) / 4;
+    if (raw_words <= WINDOW_WORDS) {
+        for (u32 i = thread; i < raw_words; i += SPARSE_THREADS) ((u32*)shared.window)[i] = raw_word(shared, i);
+        __syncthreads();
+        if (thread == 0) shared.raw_staged = 1;
+        __syncthreads();
+    }
+    return true;
 }
 
 // ---- 2: events ---------------------------------------------------------------------------------
-
-static __device__ u32 raw_word(const Shared& shared, u32 i) {
-    if (4 * i + 4 <= shared.seed_bytes) return shared.first_words[i];
-    if (4 * i >= shared.seed_bytes) return load32(shared.raw_rest + 4 * i - shared.seed_bytes, shared.raw_end);
-    return (shared.first_words[i] & 0xffff) | load32(shared.raw_rest, shared.raw_end) << 16;
-}
 
 static __device__ u32 raw_bits(const Shared& shared, u32 bit, u32 width) {
     u32 i = bit >> 5, shift = bit & 31;
@@ -345,8 +393,9 @@ static __device__ u32 make_events(Shared& shared, Class& own, u32* ranks, W* val
             escapes = who ? taken - (32 - __clz(who)) : escapes + taken;
             if (event) {
                 u32 each = own.k + is_step, bit = fixed + index * each;
-                gap = quotient > 0x1ffffffu >> own.k ? 0x1ffffff : quotient << own.k | raw_bits(shared, bit, own.k);
-                if (is_step) sign = raw_bits(shared, bit + own.k, 1);
+                u32 low = raw_bits(shared, bit, each);
+                gap = quotient > 0x1ffffffu >> own.k ? 0x1ffffff : quotient << own.k | low_bits(low, own.k);
+                if (is_step) sign = low >> own.k & 1;
             }
         }
         u32 rank = at + lane;
@@ -419,8 +468,8 @@ static __device__ u64 row_mask(const Shared& shared, u32 first, u32 count, u32 o
 template <typename W> struct Window {
     static const u32 group = 64 / sizeof(W);       // words of a thread
     static const u32 lanes = 256 / group;          // groups of a subtile
-    static const u32 subtiles = 256 / lanes;
-    static const u32 words = 256 * group;
+    static const u32 subtiles = SPARSE_THREADS / lanes;
+    static const u32 words = SPARSE_THREADS * group;
 };
 
 static __device__ u32 place(u32 group, u32 piece) { return group * 4 + (piece ^ (group >> 1 & 3)); }
@@ -453,10 +502,13 @@ static __device__ void store_piece(W* out, u32 first, u32 words, bool aligned, u
     }
 }
 
+// Counts a word's class. Words of 16 and 32 bits have their key at bit 3 or above (or none), which makes it an offset.
 template <typename W>
 static __device__ void count_word(const Shared& shared, u32 part, u32 shift, u32 mask, bool counts, u32& low,
                                   u32& high) {
-    uint2 counter = shared.counters[part >> shift & mask];
+    const u8* counters = (const u8*)shared.counters;
+    u32 offset = sizeof(W) == 1 ? (part >> shift & mask) * 8 : part >> shift & mask;
+    uint2 counter = *(const uint2*)(counters + offset);
     low += counts ? counter.x : 0;
     high += counts ? counter.y : 0;
 }
@@ -465,19 +517,22 @@ static __device__ void count_word(const Shared& shared, u32 part, u32 shift, u32
 template <typename W, bool MASKED>
 static __device__ uint4 count_group(const Shared& shared, u32 group, u32 shift, u32 key_mask, u64 mask) {
     const u32 per_part = 4 / sizeof(W);
+    // A counter of 4 bits holds eight words, not sixteen.
+    const u32 parts_at_once = sizeof(W) == 1 ? 2 : 4;
+    if (sizeof(W) > 1) { shift = shift < 3 ? 0 : shift - 3; key_mask *= 8; }
     uint4 bytes = make_uint4(0, 0, 0, 0);
 #pragma unroll (sizeof(W) == 1 ? 1 : 4)
     for (u32 piece = 0; piece < 4; piece++) {
         uint4 four = shared.window[place(group, piece)];
         u32 parts[4] = { four.x, four.y, four.z, four.w };
 #pragma unroll
-        for (u32 half = 0; half < 2; half++) {
+        for (u32 first = 0; first < 4; first += parts_at_once) {
             u32 low = 0, high = 0;
 #pragma unroll
-            for (u32 j = 0; j < 2 * per_part; j++) {
-                u32 i = (piece * 4 + half * 2) * per_part + j;
-                count_word<W>(shared, parts[half * 2 + j / per_part], shift + 8 * sizeof(W) * (j % per_part),
-                              key_mask, !MASKED || (mask >> i & 1), low, high);
+            for (u32 j = 0; j < parts_at_once * per_part; j++) {
+                u32 i = (piece * 4 + first) * per_part + j;
+                count_word<W>(shared, parts[first + j / per_part], shift + 8 * sizeof(W) * (j % per_part), key_mask,
+                              !MASKED || (mask >> i & 1), low, high);
             }
             bytes.x += low & 0x0f0f0f0f;
             bytes.y += low >> 4 & 0x0f0f0f0f;
@@ -487,6 +542,9 @@ static __device__ uint4 count_group(const Shared& shared, u32 group, u32 shift, 
     }
     return bytes;
 }
+
+// Where the total of class q stands among sixteen: bytes 0 and 2 of a register lie side by side, 1 and 3 behind them.
+static __device__ u32 total_of(u32 q) { return (q & ~3u) | (q & 1) << 1 | (q >> 1 & 1); }
 
 // Which words of a group have a key of low..high.
 template <typename W>
@@ -548,13 +606,14 @@ template <typename W>
 static __device__ void apply_event(Shared& shared, const Segment& segment, u32 q, u32 rank, W value, u32 window_first,
                                    u32 chunk_first, u32 words, u32 offset, bool rows) {
     typedef Window<W> Win;
+    const u16* totals = (const u16*)shared.totals + total_of(q);
     u32 low = 0, high = Win::subtiles;
 #pragma unroll
     for (u32 i = 1; i < Win::subtiles; i *= 2) {
         u32 middle = (low + high) / 2;
-        if (shared.totals[middle][q] <= rank) low = middle; else high = middle;
+        if (totals[16 * middle] <= rank) low = middle; else high = middle;
     }
-    rank -= shared.totals[low][q];
+    rank -= totals[16 * low];
     const u8* before = (const u8*)shared.before;
     u32 group = low * Win::lanes, groups_end = group + Win::lanes;
 #pragma unroll
@@ -578,6 +637,23 @@ static __device__ void apply_event(Shared& shared, const Segment& segment, u32 q
     ((W*)segment.out)[chunk_first + window_first + group * Win::group + at] = made;
 }
 
+// How many of a class's events from `cursor` on have a rank below `limit`; its lanes are neighbours.
+static __device__ u32 events_below(const u32* ranks, u32 cursor, u32 events, u32 limit, u32 part, u32 lane) {
+    const u32 shift = lane & ~(CLASS_LANES - 1), field = (1u << CLASS_LANES) - 1;
+    u32 count = 0;
+#pragma unroll
+    for (u32 stride = CLASS_LANES * CLASS_LANES; stride; stride /= CLASS_LANES) {
+        u32 ones;
+        do {
+            u32 at = cursor + count + stride * (part + 1) - 1;
+            bool below = at < events && ranks[at] < limit;
+            ones = __popc(__ballot_sync(ALL, below) >> shift & field);
+            count += stride * ones;
+        } while (__any_sync(ALL, ones == CLASS_LANES));
+    }
+    return count;
+}
+
 template <typename W>
 static __device__ bool apply_events(Shared& shared, const Segment& segment, u32 chunk_first, u32 words, u32* ranks,
                                     W* values, bool in_place) {
@@ -589,16 +665,17 @@ static __device__ bool apply_events(Shared& shared, const Segment& segment, u32 
     bool aligned = (((u64)base | (u64)out) & 15) == 0, rows = rows_matter<W>(shared);
     u32 offset = rows ? (segment.row_offset + chunk_first) % segment.row_words : 0;
     u32 live = shared.live;
-    // Every warp keeps the running ranks of its two classes.
-    u32 rank0 = 0, rank1 = 0;
-    if (thread < CLASSES_MAX) shared.cursor[thread] = 0;
+    // Eight lanes to a class.
+    u32 own_class = thread / CLASS_LANES, part = thread % CLASS_LANES, reached = 0, cursor = 0;
+    u32 own_events = own_class < live ? shared.classes[own_class].events : 0;
+    u32 own_slot = own_class < live ? shared.classes[own_class].slot : 0;
     uint4 pieces[4];
 #pragma unroll
-    for (u32 i = 0; i < 4; i++) pieces[i] = load_piece<W>(base, (thread + 256 * i) * each, words, aligned);
+    for (u32 i = 0; i < 4; i++) pieces[i] = load_piece<W>(base, (thread + SPARSE_THREADS * i) * each, words, aligned);
     for (u32 first = 0; first < words; first += Win::words) {
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
-            u32 piece = thread + 256 * i;
+            u32 piece = thread + SPARSE_THREADS * i;
             shared.window[place(piece >> 2, piece & 3)] = pieces[i];
             if (!in_place) store_piece<W>(out, first + piece * each, words, aligned, pieces[i]);
         }
@@ -606,7 +683,7 @@ static __device__ bool apply_events(Shared& shared, const Segment& segment, u32 
         u32 next = first + Win::words;
         if (next < words) {
 #pragma unroll
-            for (u32 i = 0; i < 4; i++) pieces[i] = load_piece<W>(base, next + (thread + 256 * i) * each, words, aligned);
+            for (u32 i = 0; i < 4; i++) pieces[i] = load_piece<W>(base, next + (thread + SPARSE_THREADS * i) * each, words, aligned);
         }
         // Every group's classes, in front of it in its subtile.
         u32 group_first = first + thread * Win::group;
@@ -634,71 +711,64 @@ static __device__ bool apply_events(Shared& shared, const Segment& segment, u32 
         }
         shared.before[thread] = sums;
         if (sublane == Win::lanes - 1) {
-            u32 subtile = thread / Win::lanes;
-            u32 a[4] = { sums.x, sums.y, sums.z, sums.w }, b[4] = { own.x, own.y, own.z, own.w };
-#pragma unroll
-            for (u32 q = 0; q < CLASSES_MAX; q++) {
-                shared.totals[subtile][q] = (a[q / 4] >> (8 * (q % 4)) & 255) + (b[q / 4] >> (8 * (q % 4)) & 255);
-            }
+            const u32 halves = 0x00ff00ff;
+            uint4 *to = shared.totals[thread / Win::lanes];
+            to[0] = make_uint4((sums.x & halves) + (own.x & halves), (sums.x >> 8 & halves) + (own.x >> 8 & halves),
+                               (sums.y & halves) + (own.y & halves), (sums.y >> 8 & halves) + (own.y >> 8 & halves));
+            to[1] = make_uint4((sums.z & halves) + (own.z & halves), (sums.z >> 8 & halves) + (own.z >> 8 & halves),
+                               (sums.w & halves) + (own.w & halves), (sums.w >> 8 & halves) + (own.w >> 8 & halves));
         }
         __syncthreads();
-        // Two classes a warp: subtiles' prefixes, and how many events fall into this window.
+        // Subtiles' prefixes of every class, and how many of its events fall into this window.
+        const u32 each_part = Win::subtiles / CLASS_LANES;
+        u16* totals = (u16*)shared.totals + total_of(own_class);
+        u32 counts[each_part], ahead = 0;
 #pragma unroll
-        for (u32 turn = 0; turn < 2; turn++) {
-            u32 q = warp + WARPS * turn;
-            if (q >= live) break;
-            u32 begun = turn ? rank1 : rank0, ahead = 0;
-#pragma unroll
-            for (u32 from = 0; from < Win::subtiles; from += 32) {
-                u32 value = from + lane < Win::subtiles ? shared.totals[from + lane][q] : 0;
-                u32 sums = scan(value, lane);
-                if (from + lane < Win::subtiles) shared.totals[from + lane][q] = ahead + sums - value;
-                ahead += __shfl_sync(ALL, sums, 31);
-            }
-            u32 ended = begun + ahead, cursor = shared.cursor[q], count = 0;
-            if (first) cursor += shared.window_events[q];
-            const Class& cls = shared.classes[q];
-            while (true) {
-                u32 at = cursor + count + lane;
-                bool inside = at < cls.events && ranks[cls.slot + at] < ended;
-                u32 ones = __popc(__ballot_sync(ALL, inside));
-                count += ones;
-                if (ones < 32) break;
-            }
-            __syncwarp();
-            if (lane == 0) {
-                shared.cursor[q] = cursor;
-                shared.window_rank[q] = begun;
-                shared.window_events[q] = count;
-            }
-            if (turn) rank1 = ended; else rank0 = ended;
+        for (u32 i = 0; i < each_part; i++) {
+            counts[i] = totals[16 * (part * each_part + i)];
+            ahead += counts[i];
         }
-        __syncthreads();
-        if (warp == 0) {
-            u32 count = lane < live ? shared.window_events[lane] : 0;
-            u32 sums = scan(count, lane);
-            if (lane < CLASSES_MAX) shared.window_start[lane] = sums - count;
-            if (lane == 31) shared.window_start[CLASSES_MAX] = sums;
-        }
-        __syncthreads();
-        u32 events = shared.window_start[CLASSES_MAX];
-        for (u32 event = thread; event < events; event += BLOCK_THREADS) {
-            u32 q = 0;
+        u32 through = ahead;
 #pragma unroll
-            for (u32 width = 8; width; width /= 2) {
-                if (shared.window_start[q + width] <= event) q += width;
+        for (u32 step = 1; step < CLASS_LANES; step *= 2) {
+            u32 other = __shfl_up_sync(ALL, through, step);
+            if (part >= step) through += other;
+        }
+        ahead = through - ahead;
+#pragma unroll
+        for (u32 i = 0; i < each_part; i++) {
+            totals[16 * (part * each_part + i)] = (u16)ahead;
+            ahead += counts[i];
+        }
+        u32 begun = reached;
+        reached += __shfl_sync(ALL, through, lane | (CLASS_LANES - 1));
+        u32 found = events_below(ranks + own_slot, cursor, own_events, reached, part, lane);
+        if (part == 0) {
+            shared.window_rank[own_class] = begun;
+            shared.window_events[own_class] = found;
+            shared.window_event[own_class] = own_slot + cursor;
+        }
+        cursor += found;
+        __syncthreads();
+        u32 count = lane < CLASSES_MAX ? shared.window_events[lane] : 0, ends = scan(count, lane);
+        u32 start = ends - count, events = __shfl_sync(ALL, ends, 31);
+        for (u32 from = 32 * warp; from < events; from += SPARSE_THREADS) {
+            u32 event = from + lane, q = 0;
+#pragma unroll
+            for (u32 width = CLASSES_MAX / 2; width; width /= 2) {
+                u32 other = __shfl_sync(ALL, start, q + width);
+                if (other <= event) q += width;
             }
-            u32 at = shared.classes[q].slot + shared.cursor[q] + event - shared.window_start[q];
-            apply_event<W>(shared, segment, q, ranks[at] - shared.window_rank[q], values[at], first, chunk_first,
-                           words, offset, rows);
+            u32 at = event - __shfl_sync(ALL, start, q);
+            if (event < events) {
+                at += shared.window_event[q];
+                apply_event<W>(shared, segment, q, ranks[at] - shared.window_rank[q], values[at], first, chunk_first,
+                               words, offset, rows);
+            }
         }
         __syncthreads();
     }
-    bool done = true;
-    for (u32 q = thread; q < live; q += BLOCK_THREADS) {
-        done = shared.cursor[q] + shared.window_events[q] == shared.classes[q].events;
-    }
-    return done;
+    return cursor == own_events;
 }
 
 template <typename W>
@@ -715,7 +785,7 @@ static __device__ void decode_sparse(const Segment* segments, u32 count, const u
     u32 mode = payload.start < payload.end ? *payload.start : 0;
     if (mode <= 1) {
         if (segment.flags & COPIES) {
-            copy_chunk<W>(segment, payload, chunk_first, words, thread, BLOCK_THREADS, status, number);
+            copy_chunk<W>(segment, payload, chunk_first, words, thread, SPARSE_THREADS, status, number);
         }
         return;
     }
@@ -738,7 +808,7 @@ static __device__ void decode_sparse(const Segment* segments, u32 count, const u
     }
     W* values = (W*)(ranks + capacity);
     u32 lane = thread & 31, warp = thread >> 5, verdict = OK;
-    for (u32 q = warp; q < shared.live + 1; q += WARPS) {
+    for (u32 q = warp; q < shared.live + 1; q += SPARSE_WARPS) {
         bool of_rows = q == shared.live;
         Class& own = shared.classes[of_rows ? CLASSES_MAX : q];
         u32 found = make_events<W>(shared, own, ranks + own.slot, values + own.slot, segment.flags,
@@ -758,19 +828,21 @@ static __device__ void decode_sparse(const Segment* segments, u32 count, const u
     }
 }
 
-// Three blocks a multiprocessor where shared memory holds three; elsewhere registers are not what limits.
+// As many blocks a multiprocessor as its shared memory holds.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-#define SPARSE_BLOCKS 3
+#define SPARSE_BLOCKS (640 / SPARSE_THREADS)
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#define SPARSE_BLOCKS (384 / SPARSE_THREADS)
 #else
-#define SPARSE_BLOCKS 2
+#define SPARSE_BLOCKS (512 / SPARSE_THREADS)
 #endif
 
 #define SPARSE(NAME, W, BLOCKS)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, BLOCKS)                                              \
+    extern "C" __global__ void __launch_bounds__(SPARSE_THREADS, BLOCKS)                                             \
     NAME(const Segment* segments, u32 count, const u32* arena, u32 first_unit, u32 capacity, const u32* only,        \
          Status* status, u32* bitmap) {                                                                              \
         decode_sparse<W>(segments, count, arena, first_unit, capacity, only, status, bitmap, (u32*)dynamic_shared);  \
     }
-SPARSE(tpde_sparse_8, u8, 2)
+SPARSE(tpde_sparse_8, u8, SPARSE_BLOCKS)
 SPARSE(tpde_sparse_16, u16, SPARSE_BLOCKS)
 SPARSE(tpde_sparse_32, u32, SPARSE_BLOCKS)
