@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """TPDE on the CPU: ratios against bounds and peers on the same bytes, and speed. Writes bench/results/tpde_cpu.json.
 
-usage: tpde_cpu.py DATA_DIR [--only speed,ratios,long,big] [--out FILE]
+usage: tpde_cpu.py DATA_DIR [--only PART,PART] [--out FILE]
 
-DATA_DIR is what `tpde_workloads.py` made. `ratios` takes about 6 minutes on 2 cores, `speed` half a minute,
-`big` (a 6 GB checkpoint under a 2 GiB address-space limit, in a scratch folder) two. A run of some parts
-replaces their rows and keeps the others. Needs overspill, torch, safetensors, zstandard, zipnn, pcodec, blosc2.
+DATA_DIR is what `tpde_workloads.py` made. Parts: `speed`; `seed`, `q4`, `smollm`, `minilm`, `standalone`, `moments`
+(ratios, about 6 minutes on 2 cores in all); `long` (checkpoints 500 steps apart); `big` (a 6.4 GB checkpoint under a
+2 GiB address-space limit, in a scratch folder). A run of some parts replaces their rows and keeps the others. Needs overspill, torch, safetensors, zstandard, zipnn, pcodec, blosc2.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch
 import tpde_peers as peers
 from safetensors.torch import load_file
 
+import common
 from overspill import tpde
 
 RESULTS = Path(__file__).parent / "results" / "tpde_cpu.json"
@@ -74,12 +75,11 @@ class Report:
         """Writes all rows, and the goals that are worst cases over them."""
         made = {row["id"] for row in self.rows}
         rows = [row for row in self.kept if row["id"] not in made] + self.rows
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         packages = ("overspill", "torch", "numpy", "zstandard", "zipnn", "pcodec", "blosc2")
         versions = {name: importlib.metadata.version(name) for name in packages}
         result = {
-            "machine": f"{cpu_name()}, {os.cpu_count()} cores",
-            "commit": commit.stdout.strip(),
+            "machine": common.machine(),
+            "commit": common.commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "versions": versions | {"python": platform.python_version()},
             "rows": rows + worst_steps(rows),
@@ -136,9 +136,9 @@ def compare(
     return found
 
 
-def real_steps(report: Report, data: Path, long_runs: bool) -> None:
+def real_steps(report: Report, data: Path, runs: str) -> None:
     for run, a, b in REAL_STEPS:
-        if ("long" in run) != long_runs:
+        if not re.match(runs, run):
             continue
         base, final = (load_file(data / f"{run}-k{k}.safetensors") for k in (a, b))
         model, lr = run.split("-")[0], run.split("lr")[1]
@@ -338,35 +338,28 @@ def big(report: Report) -> None:
             raise AssertionError("the rebuilt file differs")
 
 
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path)
-    parser.add_argument("--only", default="speed,ratios,long,big")
+    work = {
+        "speed": lambda: speed(report, args.data),
+        "seed": lambda: seed(report),
+        "q4": lambda: q4_base(report, args.data),
+        "smollm": lambda: real_steps(report, args.data, "smollm-lr"),
+        "minilm": lambda: real_steps(report, args.data, "minilm-lr"),
+        "standalone": lambda: standalone(report, args.data),
+        "moments": lambda: moments(report, args.data),
+        "long": lambda: real_steps(report, args.data, "minilm-long"),
+        "big": lambda: big(report),
+    }
+    parser.add_argument("--only", default=",".join(work))
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    parts = set(args.only.split(","))
     report = Report(args.out)
-    if "speed" in parts:
-        speed(report, args.data)
-    if "ratios" in parts:
-        seed(report)
-        q4_base(report, args.data)
-        real_steps(report, args.data, long_runs=False)
-        standalone(report, args.data)
-        moments(report, args.data)
-    if "long" in parts:
-        real_steps(report, args.data, long_runs=True)
-    if "big" in parts:
-        big(report)
+    for part in args.only.split(","):
+        work[part]()
     report.save()
 
 
