@@ -16,13 +16,19 @@ impl BitWriter {
     }
 
     /// Append the low `width` bits of `value`, 0 to 64 of them.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn put(&mut self, value: u64, width: u32) {
         if width > 32 {
-            self.put(value & 0xffff_ffff, 32);
-            self.put(value >> 32, width - 32);
-            return;
+            self.put_narrow(value, 32);
+            self.put_narrow(value >> 32, width - 32);
+        } else {
+            self.put_narrow(value, width);
         }
+    }
+
+    /// As [`BitWriter::put`] for at most 32 bits.
+    #[inline(always)]
+    fn put_narrow(&mut self, value: u64, width: u32) {
         let value = value & ((1u64 << width) - 1);
         self.pending |= value << self.pending_bits;
         self.pending_bits += width;
@@ -63,12 +69,18 @@ impl<'a> BitReader<'a> {
     }
 
     /// The next `width` bits, 0 to 64.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn get(&mut self, width: u32) -> Result<u64, CodecError> {
         if width > 32 {
-            let low = self.get(32)?;
-            return Ok(low | self.get(width - 32)? << 32);
+            let low = self.get_narrow(32)?;
+            return Ok(low | self.get_narrow(width - 32)? << 32);
         }
+        self.get_narrow(width)
+    }
+
+    /// As [`BitReader::get`] for at most 32 bits.
+    #[inline(always)]
+    fn get_narrow(&mut self, width: u32) -> Result<u64, CodecError> {
         let end = self.position + u64::from(width);
         if end > self.bytes.len() as u64 * 8 {
             return Err(CodecError::malformed("bit stream", "ends early"));

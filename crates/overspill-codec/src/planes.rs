@@ -7,7 +7,7 @@
 
 use crate::CodecError;
 use crate::bits::{BitReader, BitWriter, put_varint, take, take_varint};
-use crate::rans::SymbolTable;
+use crate::rans::{Decoder, MAX_LANES, SymbolTable};
 use crate::simd;
 use crate::tables::{Frequencies, MAX_SYMBOLS};
 use crate::words::Word;
@@ -132,44 +132,63 @@ pub(crate) fn encode<W: Word>(words: &[u8], tables: &PlaneTables, is_float: bool
     }
 }
 
-/// Decode a payload (without its mode byte) into `words`.
+/// Words whose planes are decoded before they are put together: whole groups of lanes, and near in the caches.
+const BLOCK_WORDS: usize = 2048;
+
+/// A plane while it is decoded.
+enum Plane<'a> {
+    Stored(&'a [u8]),
+    Coded(Decoder<'a>, &'a SymbolTable),
+}
+
+/// Decode a payload (without its mode byte) into `words`, all of which are written.
 pub(crate) fn decode<W: Word>(
     mut body: &[u8],
     tables: &PlaneTables,
     is_float: bool,
     words: &mut [u8],
 ) -> Result<(), CodecError> {
-    let count = words.len() / W::BYTES;
-    let mut decoded: Vec<Vec<u8>> = Vec::new();
-    let mut stored: Vec<&[u8]> = Vec::new();
+    let mut planes = Vec::with_capacity(tables.len());
     for table in tables {
-        match table {
-            None => stored.push(take(&mut body, count as u64, "planes chunk")?),
+        planes.push(match table {
+            None => Plane::Stored(take(&mut body, (words.len() / W::BYTES) as u64, "planes chunk")?),
             Some(table) => {
                 let bytes = take_varint(&mut body)?;
-                let coded = take(&mut body, bytes, "planes chunk")?;
-                let mut plane = vec![0; count];
-                simd::decode_bytes(coded, table, &mut plane)?;
-                decoded.push(plane);
+                Plane::Coded(Decoder::new(take(&mut body, bytes, "planes chunk")?, MAX_LANES)?, table)
             }
-        }
+        });
     }
     if !body.is_empty() {
         return Err(CodecError::malformed("planes chunk", "bytes left over"));
     }
-    let (mut decoded, mut stored) = (decoded.iter(), stored.iter());
-    let planes: Vec<&[u8]> = tables
-        .iter()
-        .map(|table| match table {
-            Some(_) => decoded.next().map(Vec::as_slice).unwrap_or_default(),
-            None => stored.next().copied().unwrap_or_default(),
-        })
-        .collect();
-    join::<W>(&planes, is_float, words);
+    let mut decoded = vec![[0; BLOCK_WORDS]; planes.len()];
+    for block in words.chunks_mut(BLOCK_WORDS * W::BYTES) {
+        let count = block.len() / W::BYTES;
+        let mut parts: [&[u8]; 8] = [&[]; 8];
+        for ((plane, buffer), part) in planes.iter_mut().zip(&mut decoded).zip(&mut parts) {
+            *part = match plane {
+                Plane::Stored(bytes) => {
+                    let (front, rest) = bytes.split_at(count);
+                    *bytes = rest;
+                    front
+                }
+                Plane::Coded(decoder, table) => {
+                    simd::decode_next(decoder, table, &mut buffer[..count])?;
+                    &buffer[..count]
+                }
+            };
+        }
+        join::<W>(&parts[..planes.len()], is_float, block);
+    }
+    for plane in &planes {
+        if let Plane::Coded(decoder, _) = plane {
+            decoder.finish()?;
+        }
+    }
     Ok(())
 }
 
-/// Put planes, each as long as the chunk has words, back together.
+/// Put planes, each as long as there are words, back together.
 fn join<W: Word>(planes: &[&[u8]], is_float: bool, words: &mut [u8]) {
     let store = |word: &mut [u8], value: u64| {
         let value = W::from_u64(value);

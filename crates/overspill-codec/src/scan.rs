@@ -1,4 +1,7 @@
-//! Scans over the base's words in blocks of 64: which words of a class are there, and where is the r-th one.
+//! Scans over the base's words: which words of a class are there, and where is the r-th one.
+//!
+//! Most words did not change, so classes are counted over runs of 512 words, and only a class with a change in the
+//! run has its words told apart, in blocks of 64. The ends of a range, shorter than a run, go by blocks alone.
 //!
 //! The loops are written once over [`BlockOps`]; the portable operations here are the reference, `simd` has the
 //! AVX2 ones and picks them at run time.
@@ -11,8 +14,19 @@ use crate::words::{OrderMap, Word, set_word, word_at};
 /// Words in a block.
 pub(crate) const BLOCK: usize = 64;
 
-/// The two operations that are worth a vector unit.
+/// Blocks in a run.
+pub(crate) const RUN_BLOCKS: usize = 8;
+
+/// Words in a run.
+const RUN: usize = BLOCK * RUN_BLOCKS;
+
+/// Keys of a run, or the first of them.
+pub(crate) type RunKeys = [[u8; BLOCK]; RUN_BLOCKS];
+
+/// The operations that are worth a vector unit.
 pub(crate) trait BlockOps {
+    /// How many keys are at most `high`.
+    fn count(keys: &RunKeys, high: u8) -> u32;
     /// Bit i says whether `low <= keys[i] <= high`; `low <= high`.
     fn mask(keys: &[u8; BLOCK], low: u8, high: u8) -> u64;
     /// Position of the `rank`-th set bit (counted from 0), which exists.
@@ -23,6 +37,11 @@ pub(crate) trait BlockOps {
 pub(crate) struct Portable;
 
 impl BlockOps for Portable {
+    #[inline(always)]
+    fn count(keys: &RunKeys, high: u8) -> u32 {
+        keys.as_flattened().iter().map(|&key| u32::from(key <= high)).sum()
+    }
+
     #[inline(always)]
     fn mask(keys: &[u8; BLOCK], low: u8, high: u8) -> u64 {
         let mut mask = 0;
@@ -52,6 +71,22 @@ pub(crate) struct ClassEvents<W> {
     pub(crate) values: Vec<W>,
     /// Words of the class: what the scan counted.
     pub(crate) population: u32,
+}
+
+impl<W: Word> ClassEvents<W> {
+    /// Note the `changed` words of the block at `start` that are of the class, as `mask` says, and count them all.
+    #[inline(always)]
+    fn collect(&mut self, old: &[u8], new: &[u8], start: usize, mask: u64, changed: u64, map: ValueMap) {
+        let mut hits = mask & changed;
+        while hits != 0 {
+            let bit = hits.trailing_zeros();
+            let position = start + bit as usize;
+            self.ranks.push(self.population + (mask & ((1 << bit) - 1)).count_ones());
+            self.values.push(map.value(word_at::<W>(old, position), word_at::<W>(new, position)));
+            hits &= hits - 1;
+        }
+        self.population += mask.count_ones();
+    }
 }
 
 /// How values and words relate.
@@ -143,6 +178,34 @@ impl<'a> ClassMasks<'a> {
     }
 }
 
+/// Counts of classes in ascending order over a run, where neighbours share the work at their common bound.
+struct ClassCounts<'a> {
+    keys: &'a RunKeys,
+    /// Words up to the last class's highest key, and the key after it.
+    below: u32,
+    next_low: u8,
+}
+
+impl<'a> ClassCounts<'a> {
+    #[inline(always)]
+    fn new(keys: &'a RunKeys) -> Self {
+        ClassCounts { keys, below: 0, next_low: 0 }
+    }
+
+    #[inline(always)]
+    fn count<O: BlockOps>(&mut self, low: u8, high: u8) -> u32 {
+        let below = if low == self.next_low { self.below } else { O::count(self.keys, low - 1) };
+        self.below = if high == u8::MAX { RUN as u32 } else { O::count(self.keys, high) };
+        self.next_low = high.wrapping_add(1);
+        self.below - below
+    }
+}
+
+#[inline(always)]
+fn run_keys<W: Word>(words: &[u8], start: usize, keys: KeyMap) -> RunKeys {
+    std::array::from_fn(|block| block_keys::<W>(words, start + block * BLOCK, BLOCK, keys))
+}
+
 /// Apply events to `words` (base words, in place) over `ranges`. Returns whether every event found its word.
 #[inline(always)]
 pub(crate) fn apply_events<W: Word, O: BlockOps>(
@@ -154,20 +217,29 @@ pub(crate) fn apply_events<W: Word, O: BlockOps>(
 ) -> bool {
     let mut cursors: Vec<Cursor<'_, W>> = events.iter().map(Cursor::new).collect();
     for range in ranges {
-        for start in range.clone().step_by(BLOCK) {
+        let runs_end = range.start + range.len() / RUN * RUN;
+        for start in (range.start..runs_end).step_by(RUN) {
+            let run = run_keys::<W>(words, start, keys);
+            let mut counts = ClassCounts::new(&run);
+            for cursor in &mut cursors {
+                let end = cursor.rank + counts.count::<O>(cursor.low, cursor.high);
+                for (block, keys) in run.iter().enumerate() {
+                    if cursor.next >= end {
+                        break;
+                    }
+                    let mask = O::mask(keys, cursor.low, cursor.high);
+                    cursor.apply::<O>(words, start + block * BLOCK, mask, map);
+                }
+                cursor.rank = end;
+            }
+        }
+        for start in (runs_end..range.end).step_by(BLOCK) {
             let count = BLOCK.min(range.end - start);
             let block = block_keys::<W>(words, start, count, keys);
             let mut masks = ClassMasks::new(&block, valid_mask(count));
             for cursor in &mut cursors {
                 let mask = masks.mask::<O>(cursor.low, cursor.high);
-                let end = cursor.rank + mask.count_ones();
-                while cursor.next < end {
-                    let position = start + O::select(mask, cursor.next - cursor.rank) as usize;
-                    let old = word_at::<W>(words, position);
-                    set_word(words, position, map.word(old, cursor.values[cursor.index]));
-                    cursor.advance();
-                }
-                cursor.rank = end;
+                cursor.apply::<O>(words, start, mask, map);
             }
         }
     }
@@ -191,10 +263,18 @@ impl<'a, W: Word> Cursor<'a, W> {
         Cursor { low, high, rank: 0, next, index: 0, ranks, values }
     }
 
+    /// Change the words of the class in the block at `start`, where `mask` says that they are.
     #[inline(always)]
-    fn advance(&mut self) {
-        self.index += 1;
-        self.next = self.ranks.get(self.index).copied().unwrap_or(u32::MAX);
+    fn apply<O: BlockOps>(&mut self, words: &mut [u8], start: usize, mask: u64, map: ValueMap) {
+        let end = self.rank + mask.count_ones();
+        while self.next < end {
+            let position = start + O::select(mask, self.next - self.rank) as usize;
+            let old = word_at::<W>(words, position);
+            set_word(words, position, map.word(old, self.values[self.index]));
+            self.index += 1;
+            self.next = self.ranks.get(self.index).copied().unwrap_or(u32::MAX);
+        }
+        self.rank = end;
     }
 }
 
@@ -208,23 +288,43 @@ pub(crate) fn collect_events<W: Word, O: BlockOps>(
     map: ValueMap,
     events: &mut [ClassEvents<W>],
 ) {
+    let mut class_of_key = [0u64; 256];
+    for (number, class) in events.iter().enumerate() {
+        class_of_key[usize::from(class.low)..=usize::from(class.high)].fill(1 << number);
+    }
     for range in ranges {
-        for start in range.clone().step_by(BLOCK) {
+        let runs_end = range.start + range.len() / RUN * RUN;
+        for start in (range.start..runs_end).step_by(RUN) {
+            let run = run_keys::<W>(old, start, keys);
+            let (mut changed, mut classes) = ([0; RUN_BLOCKS], 0);
+            for (block, (changed, keys)) in changed.iter_mut().zip(&run).enumerate() {
+                *changed = O::mask(&block_changed::<W>(old, new, start + block * BLOCK, BLOCK), 1, 1);
+                let mut hits = *changed;
+                while hits != 0 {
+                    classes |= class_of_key[usize::from(keys[hits.trailing_zeros() as usize])];
+                    hits &= hits - 1;
+                }
+            }
+            let mut counts = ClassCounts::new(&run);
+            for (number, class) in events.iter_mut().enumerate() {
+                let end = class.population + counts.count::<O>(class.low, class.high);
+                if classes >> number & 1 == 1 {
+                    for (block, (&changed, keys)) in changed.iter().zip(&run).enumerate() {
+                        let mask = O::mask(keys, class.low, class.high);
+                        class.collect(old, new, start + block * BLOCK, mask, changed, map);
+                    }
+                }
+                class.population = end;
+            }
+        }
+        for start in (runs_end..range.end).step_by(BLOCK) {
             let count = BLOCK.min(range.end - start);
             let block = block_keys::<W>(old, start, count, keys);
             let mut masks = ClassMasks::new(&block, valid_mask(count));
             let changed = O::mask(&block_changed::<W>(old, new, start, count), 1, 1);
             for class in events.iter_mut() {
                 let mask = masks.mask::<O>(class.low, class.high);
-                let mut hits = mask & changed;
-                while hits != 0 {
-                    let bit = hits.trailing_zeros();
-                    let position = start + bit as usize;
-                    class.ranks.push(class.population + (mask & ((1 << bit) - 1)).count_ones());
-                    class.values.push(map.value(word_at::<W>(old, position), word_at::<W>(new, position)));
-                    hits &= hits - 1;
-                }
-                class.population += mask.count_ones();
+                class.collect(old, new, start, mask, changed, map);
             }
         }
     }
@@ -273,10 +373,10 @@ mod tests {
     fn events_equal_those_of_the_slow_twin() {
         let mut rng = fastrand::Rng::with_seed(8);
         for round in 0..200 {
-            let old: Vec<u8> = std::iter::repeat_with(|| rng.u8(..)).take(1000).collect();
+            let old: Vec<u8> = std::iter::repeat_with(|| rng.u8(..)).take(6000).collect();
             let mut new = old.clone();
             for _ in 0..round {
-                new[rng.usize(..1000)] ^= 1 << rng.u8(..8);
+                new[rng.usize(..6000)] ^= 1 << rng.u8(..8);
             }
             let keys = KeyMap { shift: 7, mask: 0xff };
             let map = ValueMap { order: OrderMap { is_float: false }, is_step: true };
@@ -284,7 +384,7 @@ mod tests {
             // Neighbours, a gap between classes, and the two ends of the keys.
             let bounds = [(0, cuts[0] - 1), (cuts[0], cuts[1]), (cuts[2], 255)];
             let empty = bounds.map(|(low, high)| ClassEvents::<u16> { low, high, ..ClassEvents::default() });
-            let range = rng.usize(..70)..rng.usize(400..500);
+            let range = rng.usize(..70)..rng.usize(400..3000);
             let (mut fast, mut slow) = (empty.clone(), empty);
             let ranges = std::slice::from_ref(&range);
             collect_events::<u16, Portable>(&old, &new, ranges, keys, map, &mut fast);

@@ -237,7 +237,8 @@ impl<'a> SegmentView<'a> {
             return Err(CodecError::Base { why: "a quantized base cannot be patched in place" });
         }
         self.check_chunk(chunk)?;
-        if self.spec.base == BaseKind::None {
+        let writes_all = matches!(self.mode(chunk)?, ChunkMode::Raw | ChunkMode::Planes);
+        if self.spec.base == BaseKind::None && !writes_all {
             words.fill(0);
         }
         apply_payload(self.payload(chunk), &self.head, &self.spec, self.chunk_words(chunk).start, words)

@@ -123,18 +123,20 @@ fn scale(counts: &[u64], total: u32) -> Vec<u32> {
         scaled[largest] = (i64::from(scaled[largest]) + error) as u32;
         error = 0;
     }
+    // Move the symbol whose cost suffers least: the largest gain or smallest loss per unit.
+    let step = error.signum();
+    let worth = |i: usize, f: u32| counts[i] as f64 * ((f64::from(f) + step as f64) / f64::from(f)).ln();
+    let mut worths: Vec<f64> = match error {
+        0 => Vec::new(),
+        _ => scaled.iter().enumerate().map(|(i, &f)| if f == 0 { 0.0 } else { worth(i, f) }).collect(),
+    };
     while error != 0 {
-        // Move the symbol whose cost suffers least: the largest gain or smallest loss per unit.
-        let step = error.signum();
-        let worth = |i: usize| {
-            let f = f64::from(scaled[i]);
-            counts[i] as f64 * ((f + step as f64) / f).ln()
-        };
         let candidates = (0..scaled.len()).filter(|&i| counts[i] > 0 && (step > 0 || scaled[i] > 1));
-        let best = candidates.max_by(|&a, &b| worth(a).total_cmp(&worth(b))).expect("a symbol to adjust");
+        let best = candidates.max_by(|&a, &b| worths[a].total_cmp(&worths[b])).expect("a symbol to adjust");
         let most = if step > 0 { error } else { (-error).min(i64::from(scaled[best]) - 1) };
         let bulk = (most / 4).max(1);
         scaled[best] = (i64::from(scaled[best]) + step * bulk) as u32;
+        worths[best] = worth(best, scaled[best]);
         error -= step * bulk;
     }
     scaled
