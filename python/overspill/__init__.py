@@ -2,6 +2,7 @@
 
 from ._native import __version__
 from .errors import BudgetError, DeviceError, FormatError, OverspillError, TransferError
+from .jit import JITCompressedLinear
 from .layers import StormFunction, StormLinear
 from .storm import Storm
 
@@ -9,6 +10,7 @@ __all__ = [
     "BudgetError",
     "DeviceError",
     "FormatError",
+    "JITCompressedLinear",
     "OverspillError",
     "Storm",
     "StormFunction",

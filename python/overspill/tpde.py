@@ -358,6 +358,29 @@ class Patch:
         return self._native.apply(source.native, os.fspath(output), **limits, progress=progress)
 
 
+class DevicePatch:
+    """A patch in a CUDA device's memory, which makes new tensors beside their base."""
+
+    def __init__(self, patch: Patch, device: Any) -> None:
+        self._patch, self._device = patch, device
+        self._native = _native.TpdeDevicePatch(patch._native, _ordinal(device), DEFAULT_MEMORY_BYTES, 0)
+
+    def apply(self, base: StateDict) -> dict[str, Any]:
+        """The final state. ``base`` holds contiguous tensors on the device, known to be the patch's base."""
+        import torch
+
+        made, places = {}, []
+        for name, info in self._patch.tensors.items():
+            dtype = getattr(torch, _TORCH_NAMES[info.dtype])
+            made[name] = torch.empty(info.shape, dtype=dtype, device=self._device)
+            start = base[name].data_ptr() if name in base else 0
+            places.append((start, made[name].data_ptr(), info.bytes))
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream().cuda_stream
+            self._native.apply(places, stream, base_id=self._patch.base_id)
+        return made
+
+
 def pack(
     base: PathType | StateDict | None,
     final: PathType | StateDict,
