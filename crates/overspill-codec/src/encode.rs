@@ -146,26 +146,27 @@ fn encode_typed<W: Word>(
     options: &EncodeOptions,
 ) -> Result<EncodedSegment, CodecError> {
     match base {
-        Base::Words(old) => encode_against::<W>(old, None, new, spec, options),
-        Base::None => encode_against::<W>(&vec![0; new.len()], None, new, spec, options),
+        Base::Words(old) => encode_against::<W>(Some(old), None, new, spec, options),
+        Base::None => encode_against::<W>(None, None, new, spec, options),
         Base::Quantized(layout, blocks) => {
             quant::check_dtype(spec.dtype)?;
             let prediction = Prediction::new(layout, blocks, spec.dtype);
-            encode_against::<W>(&prediction.words, Some(&prediction), new, spec, options)
+            encode_against::<W>(Some(&prediction.words), Some(&prediction), new, spec, options)
         }
     }
 }
 
-/// Encode against the words that the decoder starts from; `prediction` if they come from quantized blocks.
+/// Encode against the words that the decoder starts from (`None`: zeros); `prediction` if they come from quantized
+/// blocks.
 fn encode_against<W: Word>(
-    old: &[u8],
+    old: Option<&[u8]>,
     prediction: Option<&Prediction<W>>,
     new: &[u8],
     spec: &SegmentSpec,
     options: &EncodeOptions,
 ) -> Result<EncodedSegment, CodecError> {
     let stats = SegmentStats { words: spec.words as u64, ..SegmentStats::default() };
-    if old == new {
+    if old.map_or_else(|| new.iter().all(|&byte| byte == 0), |old| old == new) {
         return Ok(EncodedSegment { head: vec![0], index: vec![], blob: vec![], stats });
     }
     let survey = Survey::of::<W>(old, prediction, new, spec);
@@ -174,7 +175,13 @@ fn encode_against<W: Word>(
         CodecChoice::EliasZstd => HeadPlan { chunk_log2: ELIAS_CHUNK_LOG2, ..HeadPlan::default() },
     };
     let chunk_bytes = W::BYTES << plan.chunk_log2;
-    let pairs = || old.chunks(chunk_bytes).zip(new.chunks(chunk_bytes)).enumerate();
+    let zeros = vec![0; if old.is_none() { chunk_bytes.min(new.len()) } else { 0 }];
+    let old_of = |chunk: usize, bytes: usize| match old {
+        Some(old) => &old[chunk * chunk_bytes..][..bytes],
+        None => &zeros[..bytes],
+    };
+    let chunks = || new.chunks(chunk_bytes).enumerate();
+    let pairs = || chunks().map(|(chunk, new)| (chunk, (old_of(chunk, new.len()), new)));
     let mut changes = Vec::new();
     if let Some((row_rate, classes)) = &mut plan.sparse {
         for (chunk, (old, new)) in pairs() {
@@ -191,12 +198,14 @@ fn encode_against<W: Word>(
     let seed = segment_seed(&head_bytes, spec);
     let mut encoded = EncodedSegment { head: head_bytes, index: vec![], blob: vec![], stats };
     let changes = changes.iter();
-    let mut chunks = ChunkEncoder { head: &head, spec, options, prediction, changes, try_zstd: None };
+    let scratch = planes::Scratch::default();
+    let mut encoder =
+        ChunkEncoder { head: &head, spec, options, prediction, changes, try_zstd: None, scratch };
     for (chunk, (old, new)) in pairs() {
         let changed = survey.changed_in(chunk, head.chunk_log2);
         let start = encoded.blob.len();
         if changed > 0 {
-            chunks.encode(chunk << head.chunk_log2, old, new, changed, &mut encoded.blob)?;
+            encoder.encode(chunk << head.chunk_log2, old, new, changed, &mut encoded.blob)?;
         }
         let payload = &encoded.blob[start..];
         let mode = &mut encoded.stats.modes[ChunkMode::of(payload)? as usize];
@@ -219,6 +228,7 @@ struct ChunkEncoder<'a, W> {
     changes: std::slice::Iter<'a, Changes<W>>,
     /// Whether a probe found that Zstandard beats byte planes here; `None` before the first probe.
     try_zstd: Option<bool>,
+    scratch: planes::Scratch,
 }
 
 impl<W: Word> ChunkEncoder<'_, W> {
@@ -255,7 +265,7 @@ impl<W: Word> ChunkEncoder<'_, W> {
             }
             (_, _, Some(tables)) => {
                 out.push(ChunkMode::Planes as u8);
-                planes::encode::<W>(new, tables, is_float, out);
+                planes::encode::<W>(new, tables, is_float, &mut self.scratch, out);
                 if self.zstd_may_win(old, new, out.len() - start)? {
                     let coded = out.split_off(start);
                     self.elias(old, new, out)?;

@@ -111,22 +111,36 @@ fn plane_byte<W: Word>(word: W, is_float: bool, shift: u32) -> u8 {
     }
 }
 
+/// Buffers of an encoder, kept from chunk to chunk.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    plane: Vec<u8>,
+    coded: Vec<u8>,
+    words: Vec<u16>,
+}
+
 /// Append the payload of one chunk. Every byte that occurs must have a frequency in its plane's table.
-pub(crate) fn encode<W: Word>(words: &[u8], tables: &PlaneTables, is_float: bool, out: &mut Vec<u8>) {
-    let count = words.len() / W::BYTES;
-    let (mut plane, mut coded) = (vec![0u8; count], Vec::with_capacity(count));
+pub(crate) fn encode<W: Word>(
+    words: &[u8],
+    tables: &PlaneTables,
+    is_float: bool,
+    scratch: &mut Scratch,
+    out: &mut Vec<u8>,
+) {
+    let Scratch { plane, coded, words: spare } = scratch;
+    plane.resize(words.len() / W::BYTES, 0);
     for (index, table) in tables.iter().enumerate() {
         let shift = plane_shift::<W>(index);
         for (byte, word) in plane.iter_mut().zip(words.chunks_exact(W::BYTES)) {
             *byte = plane_byte::<W>(W::load(word), is_float, shift);
         }
         match table {
-            None => out.extend_from_slice(&plane),
+            None => out.extend_from_slice(plane),
             Some(table) => {
                 coded.clear();
-                simd::encode_bytes(&plane, table, &mut coded);
+                simd::encode_bytes(plane, table, spare, coded);
                 put_varint(out, coded.len() as u64);
-                out.extend_from_slice(&coded);
+                out.extend_from_slice(coded);
             }
         }
     }

@@ -202,14 +202,14 @@ mod avx2 {
 
     /// As [`rans::encode_bytes`]. Words are collected from the back of a buffer with room for one a symbol.
     #[target_feature(enable = "avx2,bmi1,bmi2,popcnt,lzcnt")]
-    pub(super) fn encode_bytes(bytes: &[u8], table: &SymbolTable, out: &mut Vec<u8>) {
+    pub(super) fn encode_bytes(bytes: &[u8], table: &SymbolTable, words: &mut Vec<u16>, out: &mut Vec<u8>) {
         let mut ranges = [0u32; 256];
         for (packed, &(start, frequency)) in ranges.iter_mut().zip(&table.ranges) {
             *packed = u32::from(start) | u32::from(frequency) << 16;
         }
         let (groups, tail) = bytes.as_chunks::<32>();
         let mut lanes = [rans::STATE_LOW; MAX_LANES];
-        let mut words = vec![0u16; bytes.len() + 8];
+        words.resize(words.len().max(bytes.len() + 8), 0);
         let mut first = words.len();
         for (lane, &byte) in tail.iter().enumerate().rev() {
             if let Some(word) = rans::encode_step(&mut lanes[lane], table.ranges[usize::from(byte)]) {
@@ -316,12 +316,13 @@ pub(crate) fn for_each_change<W: Word>(old: &[u8], new: &[u8], visit: impl FnMut
     scan::for_each_change::<W, Portable>(old, new, visit);
 }
 
-/// Entropy-code bytes on 32 lanes: states, then words. Every byte has a frequency in `table`.
-pub(crate) fn encode_bytes(bytes: &[u8], table: &SymbolTable, out: &mut Vec<u8>) {
+/// Entropy-code bytes on 32 lanes: states, then words. Every byte has a frequency in `table`; what `words` holds does
+/// not matter.
+pub(crate) fn encode_bytes(bytes: &[u8], table: &SymbolTable, words: &mut Vec<u16>, out: &mut Vec<u8>) {
     #[cfg(target_arch = "x86_64")]
     if avx2::available() {
         // SAFETY: the processor has the features that the function enables.
-        return unsafe { avx2::encode_bytes(bytes, table, out) };
+        return unsafe { avx2::encode_bytes(bytes, table, words, out) };
     }
     rans::encode_bytes(bytes, table, out);
 }
@@ -350,6 +351,7 @@ mod tests {
     #[test]
     fn bytes_are_coded_as_the_reference_does() {
         let mut rng = fastrand::Rng::with_seed(5);
+        let mut spare = Vec::new();
         for round in 0..60 {
             let used = [1, 2, 3, 17, 200][round % 5];
             let mut frequencies = [1u16; 256];
@@ -360,7 +362,7 @@ mod tests {
                 .map(|_| table.slots()[rng.usize(..if round % 2 == 0 { 4096 } else { 200 })] as u8)
                 .collect();
             let (mut fast, mut slow) = (vec![9], vec![9]);
-            encode_bytes(&bytes, &table, &mut fast);
+            encode_bytes(&bytes, &table, &mut spare, &mut fast);
             rans::encode_bytes(&bytes, &table, &mut slow);
             assert_eq!(fast, slow);
             let mut back = vec![0; bytes.len()];

@@ -42,9 +42,9 @@ pub(crate) struct Survey {
 }
 
 impl Survey {
-    /// Compare `old` and `new`.
+    /// Compare `old` (`None`: zeros) and `new`.
     pub(crate) fn of<W: Word>(
-        old: &[u8],
+        old: Option<&[u8]>,
         prediction: Option<&Prediction<W>>,
         new: &[u8],
         spec: &SegmentSpec,
@@ -52,17 +52,21 @@ impl Survey {
         let (keys, map) = sparse::maps(spec);
         let grains = vec![0; spec.words.div_ceil(1 << GRAIN_LOG2)];
         let mut survey = Survey { grains, histogram: None, rows_changed: 0 };
+        let Some(old) = old else {
+            survey.count_nonzero::<W>(new);
+            if !is_dense(survey.changed(), spec.words) {
+                survey.grains.fill(0);
+                survey.look::<W>(&vec![0; new.len()], new, spec, keys, map);
+            }
+            return survey;
+        };
         if let Some(prediction) = prediction {
             survey.count_grains::<W>(old, new);
             survey.histogram = Some(residuals(prediction, new));
             return survey;
         }
         if !map.is_step {
-            if spec.base == BaseKind::None {
-                survey.count_nonzero::<W>(new);
-            } else {
-                survey.count_grains::<W>(old, new);
-            }
+            survey.count_grains::<W>(old, new);
             if is_dense(survey.changed(), spec.words) {
                 return survey;
             }
