@@ -14,7 +14,7 @@ pub const DENSE_THREADS: u32 = 512;
 /// Threads of a block of mode S. Its first warp decodes alone while the others wait, so small blocks, more of them.
 pub const SPARSE_THREADS: u32 = 128;
 /// Dynamic shared memory that a block of mode S has at first: five blocks fit a multiprocessor of 228 KiB.
-pub const USUAL_SPARSE_BYTES: u32 = 27 << 10;
+pub const USUAL_SPARSE_BYTES: u32 = 29 << 10;
 /// Bytes of a slot table with one byte a slot, and of the list of its entries.
 const SLOT_BYTES: u32 = 4096 + 1024;
 /// Bytes of a slot table with a word a slot.

@@ -19,8 +19,8 @@ const LARGEST_LOG2: u32 = 22;
 /// small enough that a few million words make work for a whole GPU.
 const PAYLOAD_TARGET_BITS: f64 = 8192.0 * 8.0;
 /// What a decoder holds of a chunk of mode S, in bytes: 4 and a word a symbol. Five blocks of a GPU's multiprocessor
-/// have 27 KiB each; chunks differ by a few percent.
-const SYMBOL_BYTES_TARGET: f64 = 0.95 * 27648.0;
+/// have 29 KiB each; chunks differ by a few percent.
+const SYMBOL_BYTES_TARGET: f64 = 0.95 * 29696.0;
 /// Above this many words, key populations are estimated from one block in eight.
 const SAMPLE_ABOVE_WORDS: usize = 1 << 18;
 const SAMPLE_STRIDE: usize = 8;
