@@ -187,6 +187,19 @@ def _in_place(target: Any, needed: Mapping[str, TensorInfo]) -> dict[str, Any]:
     return tensors
 
 
+def _apart(outs: list[tuple[int, int]], base: _Source) -> None:
+    """Refuses tensors to write that share memory with each other or with the base."""
+    held = [] if base.native is None or isinstance(base.native, str) else [raw[3:] for raw in base.native]
+    spans = [(address, size, False) for address, size in held] + [(*out, True) for out in outs]
+    end = end_written = 0
+    for address, size, is_written in sorted(span for span in spans if span[1]):
+        if address < (end if is_written else end_written):
+            raise ValueError("the tensors to write share memory with each other or with the base")
+        end = max(end, address + size)
+        if is_written:
+            end_written = max(end_written, address + size)
+
+
 def _written(tensor: Any) -> None:
     """Tells autograd that a tensor was written behind its back."""
     import torch
@@ -259,6 +272,7 @@ class Patch:
         base: PathType | StateDict | None = None,
         *,
         base_id: str | None = None,
+        into: Any = None,
         framework: Framework | None = None,
         progress: Progress | None = None,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
@@ -268,11 +282,25 @@ class Patch:
         source = _Source(base)
         chosen = framework or source.framework or "torch"
         state, outs = {}, []
-        for name, info in self.tensors.items():
-            state[name], address = _empty(info, chosen)
-            outs.append((address, info.bytes))
+        if into is not None:
+            state = _in_place(into, self.tensors)
+            outs = [(tensor.data_ptr(), tensor.nbytes) for tensor in state.values()]
+            if any(tensor.device.type != "cpu" for tensor in state.values()):
+                raise ValueError("tensors to write that are not on the CPU; see apply_")
+            _apart(outs, source)
+            if not isinstance(into, Mapping):
+                setattr(into, _STATE, None)
+        else:
+            for name, info in self.tensors.items():
+                state[name], address = _empty(info, chosen)
+                outs.append((address, info.bytes))
         limits = {"memory_bytes": memory_bytes, "threads": threads}
         self._native.apply_into(source.native, outs, base_id=base_id, **limits, progress=progress)
+        if into is not None:
+            for tensor in state.values():
+                _written(tensor)
+            if not isinstance(into, Mapping):
+                setattr(into, _STATE, self.final_id)
         return state
 
     def to(self, device: Any) -> Patch:
@@ -418,6 +446,7 @@ def apply(
     output: PathType | None = None,
     *,
     base_id: str | None = None,
+    into: Any = None,
     framework: Framework | None = None,
     progress: Progress | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
@@ -426,15 +455,20 @@ def apply(
     """Rebuilds the final state as a state dict, or as the checkpoint ``output`` (then the dict is empty).
 
     A wrong base is refused before anything is written. ``base_id``, the id of a state that the caller knows its
-    base to be, saves hashing it. ``framework`` is that of the base's tensors, else torch.
+    base to be, saves hashing it. ``into``, a module or torch tensors by name, is written instead of new memory, whose
+    first touch can take as long as the decoding; a failure after the first write leaves it to be reloaded.
+    ``framework`` is that of the base's tensors, else torch.
     """
     opened = patch if isinstance(patch, Patch) else Patch(patch)
+    if output is not None and into is not None:
+        raise ValueError("one of output and into")
     if output is not None:
         opened.apply_to_file(output, base, progress=progress, memory_bytes=memory_bytes, threads=threads)
         return {}
     return opened.apply(
         base,
         base_id=base_id,
+        into=into,
         framework=framework,
         progress=progress,
         memory_bytes=memory_bytes,

@@ -162,6 +162,39 @@ def test_wrong_base_is_refused_with_both_ids(tmp_path) -> None:
         tpde.apply(packed.data, base, base_id=packed.final_id)
 
 
+def test_into_tensors_that_the_caller_holds(rng: np.random.Generator) -> None:
+    base = {name: random_bits((600, 5), torch.bfloat16, rng) for name in ("a", "b")}
+    final = {name: nudged(tensor, 0.05, rng) for name, tensor in base.items()}
+    patch = tpde.open(tpde.pack(base, final).data)
+    into = {name: torch.zeros_like(tensor) for name, tensor in base.items()}
+    version = into["a"]._version
+    made = patch.apply(base, into=into)
+    assert_same(into, final)
+    assert made["a"].data_ptr() == into["a"].data_ptr() and into["a"]._version > version
+    untouched = {name: torch.zeros_like(tensor) for name, tensor in base.items()}
+    with pytest.raises(FormatError, match="wrong base"):
+        patch.apply(final, into=untouched)
+    assert not any(bits(tensor).any() for tensor in untouched.values())
+    whole = torch.zeros(1200, 5, dtype=torch.bfloat16)
+    for shared in (
+        base,
+        {"a": into["a"], "b": base["a"]},
+        {"a": into["a"], "b": into["a"]},
+        {"a": whole[:600], "b": whole[599:1199]},
+    ):
+        with pytest.raises(ValueError, match="share memory"):
+            patch.apply(base, into=shared)
+    assert_same(tpde.apply(patch, base), final)
+
+
+def test_into_a_module_that_then_knows_its_state() -> None:
+    old, new, target = (torch.nn.Linear(8, 8) for _ in range(3))
+    patch = tpde.open(tpde.pack(old.state_dict(), new.state_dict()).data)
+    patch.apply(old.state_dict(), into=target)
+    assert_same(target.state_dict(), new.state_dict())
+    assert tpde.resident_id(target) == patch.final_id
+
+
 def test_errors_are_typed(tmp_path) -> None:
     with pytest.raises(TransferError) as missing:
         tpde.open(tmp_path / "none.tpde")
