@@ -13,7 +13,7 @@ and a softmax instead, as fast as cuDNN, with scores in fp32.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,32 +26,42 @@ _thread = threading.local()
 
 
 class _Switch:
-    """What is the process's own: whether torch may take cuDNN, and what transformers calls "sdpa". Off while
-    any thread is within.
-    """
+    """Something of the whole process's that is put aside while any thread is within."""
 
-    def __init__(self) -> None:
+    def __init__(self, put_aside: Callable[[], Any], put_back: Callable[[Any], None]) -> None:
         self.lock = threading.Lock()
         self.within = 0
+        self.put_aside = put_aside
+        self.put_back = put_back
+        self.before: Any = None
 
     def __enter__(self) -> None:
         with self.lock:
             if self.within == 0:
-                self.cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-                self.sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-                torch.backends.cuda.enable_cudnn_sdp(False)
-                ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
+                self.before = self.put_aside()
             self.within += 1
 
     def __exit__(self, *raised: object) -> None:
         with self.lock:
             self.within -= 1
             if self.within == 0:
-                torch.backends.cuda.enable_cudnn_sdp(self.cudnn)
-                ALL_ATTENTION_FUNCTIONS["sdpa"] = self.sdpa
+                self.put_back(self.before)
 
 
-_switch = _Switch()
+def _without_cudnn() -> bool:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return before
+
+
+def _with_step_attention() -> Any:
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
+    return before
+
+
+_cudnn = _Switch(_without_cudnn, torch.backends.cuda.enable_cudnn_sdp)
+_sdpa = _Switch(_with_step_attention, lambda before: ALL_ATTENTION_FUNCTIONS.update(sdpa=before))
 
 
 @contextmanager
@@ -61,13 +71,16 @@ def repeatable_attention(start: int, step: bool) -> Iterator[None]:
     """
     if start == 0:
         yield
-        return
-    with _switch:
-        _thread.biases = {} if step else None
-        try:
+    elif not step:
+        with _cudnn:
             yield
-        finally:
-            _thread.biases = None
+    else:
+        with _cudnn, _sdpa:
+            _thread.biases = {}
+            try:
+                yield
+            finally:
+                _thread.biases = None
 
 
 def _attention(
@@ -79,11 +92,11 @@ def _attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What layers call for "sdpa" meanwhile."""
+    """What layers call for "sdpa" while a thread is in a step."""
     biases: Biases | None = getattr(_thread, "biases", None)
     plain = not others.get("dropout") and others.get("position_bias") is None
     if biases is None or not plain or attention_mask is None or not is_step(query, key, attention_mask):
-        return _switch.sdpa(module, query, key, value, attention_mask, scaling=scaling, **others)
+        return _sdpa.before(module, query, key, value, attention_mask, scaling=scaling, **others)
     if id(attention_mask) not in biases:
         biases[id(attention_mask)] = (attention_mask, to_bias(attention_mask))
     out = step_attention(query, key, value, biases[id(attention_mask)][1], scaling)

@@ -60,7 +60,8 @@ class SlabLayer(CacheLayerMixin):
         torch._foreach_copy_(new[keys : keys + 2], (key_states, value_states))
         first = self._first(start)
         seen = cache.rows(first, start + count - first)
-        cache.wrote(self.index, start + count)
+        if cache.announces:
+            cache.session._wrote(self.index, start + count)
         return seen[keys], seen[values]
 
     def _first(self, start: int) -> int:
@@ -102,7 +103,8 @@ class SessionCache(Cache):
         self.slab = -1
         # Per layer, the token up to which the slab holds nothing of anybody else's.
         self.cleared = [0] * len(windows)
-        self.last_end = 0
+        # Whether layers tell the session what they have written: not where a forward's end does.
+        self.announces = False
 
     def entered(self, slab: int, view: torch.Tensor, pending: bool) -> None:
         """A forward begins on ``slab``, some layers of which may have to be waited for."""
@@ -151,11 +153,6 @@ class SessionCache(Cache):
             self.session.pool._native.touch(self.session._key, layer, self.session.pool._stream())
         if self.fixed is not None:
             self.clear(layer, self.fixed[1])
-
-    def wrote(self, layer: int, end: int) -> None:
-        """A layer has ``end`` tokens now."""
-        self.last_end = end
-        self.session._wrote(layer, end)
 
     def reset(self) -> None:
         """Refused: a session only grows."""

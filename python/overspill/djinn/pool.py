@@ -195,8 +195,10 @@ class SessionPool:
 
     def _ids(self, ids: list[int]) -> torch.Tensor:
         """Token ids on the device, without waiting for what it does."""
-        on_gpu = self.shape.device.type == "cuda"
-        return torch.tensor([ids], pin_memory=on_gpu).to(self.shape.device, non_blocking=True)
+        device = self.shape.device
+        if len(ids) == 1:
+            return torch.full((1, 1), ids[0], device=device)
+        return torch.tensor([ids], pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
     def _stream(self) -> int:
         return self._edge.stream()

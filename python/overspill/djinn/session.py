@@ -230,7 +230,7 @@ class Session:
     def _enter(self, count: int) -> int:
         slab, _, pending = self.pool._native.begin(self._key)
         self.cache.entered(slab, self.pool._slab_view(slab), pending)
-        self._large = self.pool._is_large(count)
+        self._large = self.cache.announces = self.pool._is_large(count)
         self._running = True
         self.pool._follow()
         return slab
@@ -277,6 +277,7 @@ class Session:
             self.pool._settle()
             self._enter(count)
             self._outside, self._token = True, None
+            self.cache.announces = True
 
     def _open(self) -> None:
         if self._closed:
