@@ -72,20 +72,19 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no workload after this time")
-    parser.add_argument("--only", nargs="*", default=list(BUILDERS))
+    parser.add_argument("--only", nargs="*", default=["blocks", *BUILDERS], help="blocks needs a GPU")
     parser.add_argument("--name", default="storm_limit")
     options = parser.parse_args()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     begin = time.perf_counter()
     same: list[str] = []
     failed: dict[str, str] = {}
-    cases = [
-        (f"Llama blocks h=1024, {options.steps} steps", lambda: blocks(options.device, 1024, options.steps))
-    ]
-    if options.device == "cpu":
-        cases.clear()
+    cases = []
     for name in options.only:
-        cases.append((name, lambda name=name: workload(name, options.device, options.steps)))
+        if name == "blocks":
+            cases.append(("Llama blocks h=1024", lambda: blocks(options.device, 1024, options.steps)))
+        else:
+            cases.append((name, lambda name=name: workload(name, options.device, options.steps)))
     for name, compare in cases:
         if time.perf_counter() - begin > options.seconds:
             break

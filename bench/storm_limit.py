@@ -184,9 +184,9 @@ class Bench:
                 continue
             try:
                 if not isinstance(budget, str):
-                    self.storm(goal, self.fixed + int(self.saved / budget), None)
+                    yield from self.storm(goal, self.fixed + int(self.saved / budget), None)
                 elif budget in self.peaks:
-                    self.storm(goal, self.peaks[budget], budget)
+                    yield from self.storm(goal, self.peaks[budget], budget)
             except Exception:
                 traceback.print_exc()  # the other budgets are still worth knowing
             yield self.rows
@@ -200,7 +200,7 @@ class Bench:
         text = f"{self.name:<10} {method:<28} {ms:8.1f} ms {ms / self.keep_ms:6.3f}x"
         print(f"{text}  peak {held / GB:6.2f} GB = {held / self.saved:5.3f} of saved {note}", flush=True)
 
-    def storm(self, goal: str, budget: int, peer: str | None) -> None:
+    def storm(self, goal: str, budget: int, peer: str | None) -> Iterator[Rows]:
         """One budget, with what can be asked of a plan in force."""
         storm = Storm(self.model, vram_budget=budget, host_budget=self.options.host_budget)
         ms, peak = step_times(self.model, self.x, storm, WARM_STEPS, self.options.steps)
@@ -224,7 +224,8 @@ class Bench:
                 )
             )
         if goal == "h4096_2x":
-            self.evidence(storm, ms, peak, report)
+            yield self.rows
+            yield from self.evidence(storm, ms, peak, report)
         folder = os.environ.get("OUT")
         if folder and goal in self.options.dump:
             document = {"record": json.loads(storm._planner.record_json() or "null"), "fixed": self.fixed}
@@ -255,7 +256,7 @@ class Bench:
             )
         )
 
-    def evidence(self, storm: Storm, ms: float, peak: int, report: dict[str, Any]) -> None:
+    def evidence(self, storm: Storm, ms: float, peak: int, report: dict[str, Any]) -> Iterator[Rows]:
         """How true the prediction was, what hooks take, and what the profiler saw of transfers."""
         predicted = report["predicted"]
         error = abs(predicted["step_us"] / 1e3 / ms - 1) * 100
@@ -270,6 +271,7 @@ class Bench:
         median = statistics.median(times)
         print(f"    hooks: median {median:.1f} us of {len(times)}", flush=True)
         self.rows.append(row("storm_limit.hook_us.h4096_2x", median, "us", note=f"median of {len(times)}"))
+        yield self.rows
         self.profile(storm)
 
     def profile(self, storm: Storm) -> None:
@@ -336,7 +338,7 @@ def capacity(options: argparse.Namespace) -> Rows:
     with Memory() as memory:
         model, x = build(part)
         # The driver's context, cuBLAS, and what torch's allocator cannot give out are not torch's bytes.
-        budget = memory.total_bytes // 2 - 5 * 2**30
+        budget = memory.total_bytes // 2 - 11 * 2**30
         storm = Storm(model, vram_budget=budget, host_budget=options.capacity_host_budget)
         begin = time.perf_counter()
         ms, peak = step_times(model, x, storm, WARM_STEPS, 3)

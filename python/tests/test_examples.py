@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,3 +15,17 @@ def test_weight_sync_ends_with_the_same_bits() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "bit for bit" in done.stdout
+
+
+def test_fine_tune_ends_with_the_same_bits() -> None:
+    """transformers' Trainer, accelerate and peft under STORM."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "fine_tune.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        env={**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the same weights, bit for bit") == 3

@@ -113,6 +113,46 @@ def test_norm_gate_and_product_are_rebuilt() -> None:
         assert rebuilt(storm) == 0
 
 
+@pytest.mark.parametrize("shape", [(16, 32), (2, 8, 32)], ids=["matrix", "sequences"])
+def test_products_are_rebuilt(shape: tuple[int, ...]) -> None:
+    """What a linear layer without a bias made, of its input and the weight; a layer's input comes back or is
+    rebuilt itself.
+    """
+    torch.manual_seed(0)
+    model = nn.ModuleList(nn.Linear(32, 32, bias=False) for _ in range(4))
+
+    def grads(n: int) -> list[Tensor]:
+        model.zero_grad()
+        x = batch(n).view(shape)
+        for layer in model:
+            x = F.silu(layer(x))
+        x.sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = [grads(n) for n in range(4)]
+    with rebuild_everything(model) as storm:
+        assert all(all(map(torch.equal, want, grads(n))) for n, want in enumerate(expected))
+    # The first layer's input needs no gradient, so the weight that made its output was not saved.
+    assert rebuilt(storm) == 4 * (3 + 3)
+    assert {signature[0] for signature in storm._proved.values()} == {"MmBackward0", "SiluBackward0"}
+
+
+def test_a_product_with_what_is_not_the_models_is_not_rebuilt() -> None:
+    """Such a matrix may be emptied before backward, as the shards of FSDP are, and filled when its layer is due."""
+    torch.manual_seed(0)
+    model, weight = nn.Linear(32, 32), nn.Parameter(torch.randn(32, 32))
+
+    def grads(n: int) -> list[Tensor]:
+        model.zero_grad()
+        (F.silu(model(batch(n)) @ weight.t()).sum()).backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = [grads(n) for n in range(3)]
+    with rebuild_everything(model) as storm:
+        assert all(all(map(torch.equal, want, grads(n))) for n, want in enumerate(expected))
+    assert rebuilt(storm) == 0
+
+
 def test_casts_of_16_bit_values_are_kept_as_16_bit() -> None:
     """As in the norm of a Llama: the 32-bit input, its normalised cast, the weighted result."""
     torch.manual_seed(0)

@@ -7,6 +7,7 @@
 mod bar;
 mod chain;
 mod doctor;
+mod plan;
 mod table;
 mod tpde;
 
@@ -29,6 +30,7 @@ enum Command {
     /// Every checkpoint of a training run in one folder: commit, log, restore, verify, gc.
     Chain(chain::Args),
     Doctor(doctor::Args),
+    Plan(plan::Args),
 }
 
 /// How a command ended without doing its job.
@@ -63,6 +65,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
         Command::Tpde(args) => tpde::run(args),
         Command::Chain(args) => chain::run(args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Plan(args) => plan::run(&args),
     };
     let (code, message) = match outcome {
         Ok(()) => return 0,

@@ -7,12 +7,14 @@
 //! function of a record and [`Limits`]; [`simulate`] prices any plan on any link. Nothing here
 //! touches memory, streams or Python.
 
+mod blocks;
 mod plan;
 mod planner;
 mod profile;
 mod record;
 mod simulate;
 
+pub use blocks::{Shape, Speeds};
 pub use plan::{Action, Limits, Plan, make_plan};
 pub use planner::{Error, Planner, Sample, UnitId};
 pub use record::{Event, Recipe, StepRecord, Unit};

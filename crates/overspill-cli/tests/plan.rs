@@ -1,0 +1,64 @@
+//! `overspill plan`, run as a program.
+
+use std::process::{Command, Output};
+
+fn plan(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_overspill")).arg("plan").args(args).output().expect("runs")
+}
+
+fn document(args: &[&str]) -> serde_json::Value {
+    let out = plan(&[args, &["--json"]].concat());
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    serde_json::from_slice(&out.stdout).expect("JSON")
+}
+
+#[test]
+fn the_8b_shape_has_its_weights_and_its_plans_keep_their_budgets() {
+    let found = document(&["--model", "llama-8b", "--card", "h200", "--batch", "2"]);
+    // Llama 3.1 8B has 8,030,261,248 weights.
+    assert_eq!(found["parameters"], 8_030_261_248_u64);
+    // Llama 3.2 1B has 1,235,814,400, with a head that is its embedding.
+    let small = document(&["--model", "llama-1b", "--card", "rtx5090"]);
+    assert_eq!(small["parameters"], 1_235_814_400_u64);
+    let plans = found["plans"].as_array().expect("plans");
+    assert_eq!(plans.len(), 3);
+    for plan in plans {
+        let budget = plan["budget_bytes"].as_u64().expect("bytes");
+        assert!(plan["predicted"]["peak_bytes"].as_u64().expect("bytes") <= budget, "{plan}");
+        assert!(plan["predicted"]["step_us"].as_f64() >= found["keep_all_us"].as_f64(), "{plan}");
+    }
+    assert_eq!(plans[0]["binds"], "nothing: all is kept");
+}
+
+#[test]
+fn every_card_and_model_has_a_table() {
+    for card in ["h200", "h100", "a100", "rtx4090", "rtx5090"] {
+        for model in ["llama-1b", "llama-3b", "llama-8b", "llama-13b", "llama-70b"] {
+            let out = plan(&["--model", model, "--card", card, "--layers", "4", "--optimizer", "adamw"]);
+            let text = String::from_utf8_lossy(&out.stdout);
+            assert!(out.status.success() && text.contains("over keep-all"), "{text}");
+        }
+    }
+}
+
+#[test]
+fn what_cannot_fit_is_said() {
+    let found = document(&["--model", "llama-8b", "--card", "rtx4090", "--optimizer", "adamw"]);
+    assert_eq!(found["plans"][0]["binds"], "does not fit");
+}
+
+#[test]
+fn misuse_is_named() {
+    for (args, said) in [
+        (vec!["--model", "llama-9b", "--card", "h200"], "llama-8b"),
+        (vec!["--model", "llama-8b", "--card", "voodoo"], "rtx4090"),
+        (vec!["--model", "llama-8b", "--card", "h200", "--link-gbps=-1"], "positive"),
+        (vec!["--model", "llama-8b", "--card", "h200", "--budget-gb", "nan"], "positive"),
+        (vec!["--model", "llama-8b", "--card", "h200", "--batch", "0"], "0"),
+    ] {
+        let out = plan(&args);
+        let text = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), Some(2), "{args:?}: {text}");
+        assert!(text.contains(said), "{args:?}: {text}");
+    }
+}
