@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""What the README and the documents show works as it stands there."""
 
 from __future__ import annotations
 
@@ -19,8 +19,14 @@ from overspill._native import run_cli
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The `overspill` commands of a document, in order; `doctor` is left out, it measures the machine."""
+    split = [shlex.split(line, comments=True) for block in blocks("sh", text) for line in block.splitlines()]
+    return [command for command in split if command[:1] == ["overspill"] and command[1] != "doctor"]
 
 
 class Lines(nn.Module):
@@ -70,13 +76,20 @@ def test_sessions_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("checkpoints")
 def test_commands_do_what_they_say() -> None:
-    commands = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
-    commands = [command for command in commands if command[:1] == ["overspill"] and command[1] != "doctor"]
-    assert len(commands) >= 3
-    assert [run_cli(command) for command in commands] == [0] * len(commands)
+    shown = commands(README)
+    assert len(shown) >= 3
+    assert [run_cli(command) for command in shown] == [0] * len(shown)
     expected = load_file("step-101.safetensors")["w"]
     assert torch.equal(load_file("restored.safetensors")["w"], expected)
     assert torch.equal(load_file("again.safetensors")["w"], expected)
+
+
+@pytest.mark.usefixtures("checkpoints")
+def test_commands_of_the_chains_document() -> None:
+    shown = commands((Path(__file__).parents[2] / "docs" / "chains.md").read_text(encoding="utf-8"))
+    assert len(shown) >= 6
+    assert [run_cli(command) for command in shown] == [0] * len(shown)
+    assert torch.equal(load_file("again.safetensors")["w"], load_file("step-100.safetensors")["w"])
 
 
 def test_make_targets_exist() -> None:
