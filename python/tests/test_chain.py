@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +139,44 @@ def test_a_run_taken_up_from_a_chain_ends_in_the_same_bits(tmp_path: Path) -> No
     torch.manual_seed(99)
     elsewhere.train(resume_from_checkpoint=folder)
     assert not same(expected, elsewhere.model.state_dict())
+
+
+def test_sharded_ranks_take_a_run_up_from_their_chains(tmp_path: Path) -> None:
+    worker = Path(__file__).with_name("chain_worker.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    folder = tmp_path / "run.chain"
+    done = subprocess.run(
+        [*launcher, str(worker), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    states = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("state ")]
+    (whole,), (resumed,), (elsewhere,) = ([s for name, s in states if name == n] for n in ("a", "b", "c"))
+    assert whole == resumed != elsewhere
+    assert sorted(path.name for path in folder.iterdir()) == ["metadata", "rank-00000", "rank-00001"]
+    parts = tpde.Chain(folder / "rank-00001", create=False).log()[-1].parts
+    assert sorted(parts) == ["moments", "params"]
+
+
+def test_a_step_without_its_metadata_is_not_there(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    from overspill.chain_dcp import ChainReader, ChainWriter
+
+    state = {"model": {"w": torch.arange(12.0).view(3, 4)}, "epoch": 5}
+    for step in (1, 2):
+        state["model"]["w"] += 1
+        dcp.save(state, storage_writer=ChainWriter(tmp_path / "c", step=step), no_dist=True)
+    loaded = {"model": {"w": torch.zeros(3, 4)}, "epoch": 0}
+    dcp.load(loaded, storage_reader=ChainReader(tmp_path / "c", step=1), no_dist=True)
+    assert loaded["epoch"] == 5
+    assert torch.equal(loaded["model"]["w"], torch.arange(12.0).view(3, 4) + 1)
+    # A crash between the ranks' commits and the coordinator's: the step is not the newest, and cannot be asked for.
+    (tmp_path / "c" / "metadata" / "steps" / f"{2:020}.json").unlink()
+    assert ChainReader(tmp_path / "c").step == 1
+    with pytest.raises(ValueError, match=r"step 2 is asked for, complete are \[1\]"):
+        ChainReader(tmp_path / "c", step=2)
