@@ -180,3 +180,18 @@ def test_a_step_without_its_metadata_is_not_there(tmp_path: Path) -> None:
     assert ChainReader(tmp_path / "c").step == 1
     with pytest.raises(ValueError, match=r"step 2 is asked for, complete are \[1\]"):
         ChainReader(tmp_path / "c", step=2)
+
+
+def test_the_demo_keeps_its_steps(tmp_path: Path, states: list[dict[str, torch.Tensor]]) -> None:
+    from safetensors.torch import save_file
+
+    from overspill.demo.chain import keep_in_chain, print_chain
+
+    files = [tmp_path / f"{step}.safetensors" for step in range(4)]
+    for path, state in zip(files, states, strict=False):
+        save_file(state, path)
+    report = keep_in_chain(files, tmp_path / "chain")
+    print_chain(report)
+    assert report["chain.bit_identical"]
+    assert report["chain.restored_step"] == 2
+    assert report["chain.ratio"] > 1.5

@@ -1,9 +1,10 @@
-"""The demo: keep-all and STORM, a process each, compared bit for bit and byte for byte."""
+"""The demo: keep-all and STORM, a process each, compared bit for bit and byte for byte; their steps in a chain."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 
 from overspill._units import format_bytes
 
+from .chain import keep_in_chain, print_chain
 from .data import prepare
 
 
@@ -36,15 +38,24 @@ def main() -> int:
         "sequence": options.sequence,
         "spill_dir": str(out),
     }
-    keep_all = _run(out, {**common, "name": "keep-all", "budget_bytes": None, "repeat_first": True})
+    states = out / "states"
+    shutil.rmtree(states, ignore_errors=True)
+    states.mkdir()
+    first = {"name": "keep-all", "budget_bytes": None, "repeat_first": True, "save_to": str(states)}
+    keep_all = _run(out, {**common, **first})
     demand = keep_all["os_peak_bytes"] - keep_all["os_start_bytes"]
     budget = int(demand * options.share)
-    storm = _run(out, {**common, "name": "storm", "budget_bytes": budget, "repeat_first": False})
+    second = {"name": "storm", "budget_bytes": budget, "repeat_first": False, "save_to": None}
+    storm = _run(out, {**common, **second})
     report = _report(keep_all, storm, demand, budget, device)
+    files = [states / f"step-{step}.safetensors" for step in range(options.steps + 1)]
+    report |= keep_in_chain(files, out / "chain")
+    shutil.rmtree(states)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     _print_table(report)
+    print_chain(report)
     print(f"\n{out / 'report.json'} has all of it; {time.perf_counter() - begin:.0f} s in all")
-    return 0 if report["storm.ok"] else 1
+    return 0 if report["storm.ok"] and report["chain.bit_identical"] else 1
 
 
 def _options() -> argparse.Namespace:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from overspill import Storm
 from overspill._edge import edge_for
@@ -40,10 +41,12 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["budget_bytes"] is not None:
         context = Storm(model, vram_budget=held_before + spec["budget_bytes"], spill_dir=spec["spill_dir"])
     steps = []
+    _save(model, spec, 0)
     with context as storm:
         for number, batch in enumerate(batches):
             steps.append(_step(model, batch, device))
             _progress(spec["name"], number + 1, spec["steps"], steps[-1])
+            _save(model, spec, number + 1)
     result = {
         "steps": steps,
         "os_peak_bytes": meter.peak_bytes(),
@@ -72,6 +75,13 @@ def _step(model: torch.nn.Module, batch: torch.Tensor, device: torch.device) -> 
             if parameter.grad is not None:
                 parameter.add_(parameter.grad, alpha=-LEARNING_RATE)
     return {"loss": value, "loss_hex": value.hex(), "gradients": digest, "ms": elapsed_ms}
+
+
+def _save(model: torch.nn.Module, spec: dict[str, Any], step: int) -> None:
+    """Writes the weights after ``step`` where the run is to keep them, between steps, when little else is held."""
+    if spec["save_to"] is not None:
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        save_file(weights, Path(spec["save_to"]) / f"step-{step}.safetensors")
 
 
 def _digest(model: torch.nn.Module) -> str:
