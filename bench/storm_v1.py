@@ -194,6 +194,7 @@ def trl_offload(model: torch.nn.Module) -> Any:
         return None
 
 
+@functools.cache
 def unsloth_checkpoint() -> Callable[..., torch.Tensor] | None:
     """Unsloth's offloaded checkpointing (inputs of layers to RAM), or None where its file does not load."""
     spec = importlib.util.find_spec("unsloth_zoo")
