@@ -5,7 +5,8 @@ usage: tpde_cpu.py DATA_DIR [--only PART,PART] [--out FILE]
 
 DATA_DIR is what `tpde_workloads.py` made. Parts: `speed`; `seed`, `q4`, `smollm`, `minilm`, `standalone`, `moments`
 (ratios, about 6 minutes on 2 cores in all); `long` (checkpoints 500 steps apart); `big` (a 6.4 GB checkpoint under a
-2 GiB address-space limit, in a scratch folder). A run of some parts replaces their rows and keeps the others. Needs overspill, torch, safetensors, zstandard, zipnn, pcodec, blosc2.
+2 GiB address-space limit, in a scratch folder). A run of some parts replaces their rows and keeps the others, which
+then name the commit they are of. Needs cargo (`big`), overspill, torch, safetensors, zstandard, zipnn, pcodec, blosc2.
 """
 
 from __future__ import annotations
@@ -57,8 +58,12 @@ class Report:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.rows: list[dict] = []
-        old = json.loads(out.read_text())["rows"] if out.exists() else []
-        self.kept = [row for row in old if not row["id"].startswith("tpde.ratio.real_step.")]
+        old = json.loads(out.read_text()) if out.exists() else {"rows": [], "commit": common.commit()}
+        self.kept = [row for row in old["rows"] if not row["id"].startswith("tpde.ratio.real_step.")]
+        if old["commit"] != common.commit():
+            for row in self.kept:
+                if "; at commit " not in row["note"]:
+                    row["note"] += f"; at commit {old['commit'][:12]}"
         self.load_before = os.getloadavg()[0]
 
     def add(self, name: str, value: float, unit: str, note: str, **more) -> None:
@@ -297,7 +302,10 @@ def speed(report: Report, data: Path) -> None:
 
 
 def big(report: Report) -> None:
-    """Packs and applies 6 GB under an address-space limit of 2 GiB, through the command line."""
+    """Packs and applies 6 GB under an address-space limit of 2 GiB, through the command line without torch, whose
+    libraries alone take more address space."""
+    subprocess.run(["cargo", "build", "--release", "--quiet", "-p", "overspill-cli"], check=True)
+    binary = "target/release/overspill"
     limit = 2 << 30
     words = 3 << 30
     header = json.dumps(
@@ -329,7 +337,7 @@ def big(report: Report) -> None:
 
         def run(*args: str) -> tuple[float, int]:
             began = time.perf_counter()
-            command = [sys.executable, "-m", "overspill", "tpde", "-q", "--memory-budget", "1GiB", *args]
+            command = [binary, "tpde", "-q", "--memory-budget", "1GiB", *args]
             cap = lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))  # noqa: E731
             process = subprocess.Popen(command, preexec_fn=cap)
             _, status, usage = os.wait4(process.pid, 0)
