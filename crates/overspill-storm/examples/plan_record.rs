@@ -1,10 +1,11 @@
 #![forbid(unsafe_code)]
-//! Plans a recorded step from a file, `plan_record FILE BUDGET_BYTES [LINK_GBPS]`, and says what it should
-//! cost and how long planning took, as JSON. FILE holds what `Planner.record_json()` of the extension gave.
+//! Plans a step, `plan_record STEP BUDGET_BYTES [LINK_GBPS]`, and says what it should cost and how long
+//! planning took, as JSON. STEP is a file with what `Planner.record_json()` of the extension gave, or a number:
+//! that many layers of the 8B shape.
 
 use std::{process::ExitCode, time::Instant};
 
-use overspill_storm::{Limits, Link, StepRecord, make_plan};
+use overspill_storm::{Limits, Link, Shape, Speeds, StepRecord, make_plan};
 
 fn main() -> ExitCode {
     match run() {
@@ -22,10 +23,12 @@ fn main() -> ExitCode {
 fn run() -> Result<String, String> {
     let args: Vec<_> = std::env::args().skip(1).collect();
     let [path, budget, rest @ ..] = args.as_slice() else {
-        return Err("usage: plan_record FILE BUDGET_BYTES [LINK_GBPS]".to_owned());
+        return Err("usage: plan_record STEP BUDGET_BYTES [LINK_GBPS]".to_owned());
     };
-    let text = std::fs::read_to_string(path).map_err(|error| format!("{path}: {error}"))?;
-    let record: StepRecord = serde_json::from_str(&text).map_err(|error| format!("{path}: {error}"))?;
+    let record = match path.parse() {
+        Ok(layers) => by_arithmetic(layers),
+        Err(_) => from_file(path)?,
+    };
     let budget_bytes = budget.parse().map_err(|error| format!("{budget}: {error}"))?;
     let gbps =
         rest.first().map_or(Ok(55.0), |text| text.parse()).map_err(|error| format!("link: {error}"))?;
@@ -42,4 +45,15 @@ fn run() -> Result<String, String> {
         "predicted": plan.predicted,
     });
     Ok(report.to_string())
+}
+
+fn from_file(path: &str) -> Result<StepRecord, String> {
+    let text = std::fs::read_to_string(path).map_err(|error| format!("{path}: {error}"))?;
+    serde_json::from_str(&text).map_err(|error| format!("{path}: {error}"))
+}
+
+fn by_arithmetic(layers: u64) -> StepRecord {
+    let (hidden, inner, kv) = (4096, 14_336, 1024);
+    let shape = Shape { layers, hidden, inner, kv, vocab: 0, is_tied: false, batch: 4, sequence: 4096 };
+    shape.step(&Speeds { matmul_flops: 737e12, memory_bytes: 4.8e12 }, 0)
 }
