@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use overspill_chain::{Chain, Error, Keep, Record, Role};
+use overspill_chain::{Chain, Error, Keep, Record};
 use overspill_tpde::{Checkpoint, Options};
 use pyo3::prelude::*;
 
@@ -24,12 +24,7 @@ pub struct TpdeChain(Chain);
 
 fn described(record: &Record) -> RecordTuple {
     let parts = record.parts.iter().map(|(name, part)| {
-        let role = match part.role {
-            Role::Keyframe => "keyframe",
-            Role::Anchor => "anchor",
-            Role::Step => "step",
-        };
-        (name.clone(), role, part.state.clone(), part.raw_bytes, part.new_bytes())
+        (name.clone(), part.role.name(), part.state.clone(), part.raw_bytes, part.new_bytes())
     });
     (record.step, record.committed_s, parts.collect())
 }
@@ -118,7 +113,7 @@ impl TpdeChain {
         every: Option<u64>,
         after: Option<u64>,
     ) -> PyResult<CollectedTuple> {
-        py.detach(|| self.0.gc(Keep { last, every, up_to: after }, &|_, _| ()))
+        py.detach(|| self.0.gc(Keep { last, every, up_to: after }))
             .map(|found| (found.steps, found.files, found.bytes))
             .map_err(|error| chain_error(py, &error))
     }

@@ -5,8 +5,6 @@
 use std::collections::HashSet;
 use std::fs;
 
-use overspill_tpde::Progress;
-
 use crate::chain::{Chain, cache_name};
 use crate::lock::Lock;
 use crate::record::{Part, record_name, step_of};
@@ -48,7 +46,7 @@ impl Chain {
     ///
     /// # Errors
     /// Another writer, a damaged record (nothing is removed then), files that cannot be removed.
-    pub fn gc(&self, keep: Keep, _progress: Progress<'_>) -> Result<Collected> {
+    pub fn gc(&self, keep: Keep) -> Result<Collected> {
         let _lock = Lock::take(&self.path())?;
         if keep.every == Some(0) {
             return Err(Error::misuse("every 0th step is none"));

@@ -19,6 +19,18 @@ pub enum Role {
     Step,
 }
 
+impl Role {
+    /// As records, tables and Python spell it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Role::Keyframe => "keyframe",
+            Role::Anchor => "anchor",
+            Role::Step => "step",
+        }
+    }
+}
+
 /// Bytes of the patches so far, of one part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Costs {

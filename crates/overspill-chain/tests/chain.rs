@@ -81,8 +81,7 @@ fn a_cached_state_that_is_wrong_is_noticed() {
 fn steps_are_dropped_and_the_rest_comes_back() {
     let folder = tempfile::tempdir().expect("folder");
     let (chain, states) = drifting(&folder.path().join("chain"), 4, 30);
-    let collected =
-        chain.gc(Keep { last: Some(2), every: Some(100), up_to: Some(250) }, &quiet).expect("collected");
+    let collected = chain.gc(Keep { last: Some(2), every: Some(100), up_to: Some(250) }).expect("collected");
     assert_eq!(chain.steps().expect("read"), [0, 100, 200, 240, 250]);
     assert_eq!(collected.steps.len(), 25);
     for step in chain.steps().expect("read") {

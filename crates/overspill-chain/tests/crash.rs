@@ -33,7 +33,7 @@ fn play(chain: Crashing, seed: u64) -> (Vec<State>, u64, bool) {
             return (states, step, false);
         }
     }
-    let _ = chain.gc(Keep { every: Some(2), ..Keep::default() }, &quiet);
+    let _ = chain.gc(Keep { every: Some(2), ..Keep::default() });
     (states, STEPS, true)
 }
 
@@ -66,7 +66,7 @@ fn check(folder: &std::path::Path, states: &[State], committed: u64, collecting:
     chain
         .commit(100, &[(PARAMS, &last.checkpoint())], &quiet)
         .map_err(|error| format!("cannot go on: {error}"))?;
-    chain.gc(Keep::default(), &quiet).map_err(|error| format!("cannot collect: {error}"))?;
+    chain.gc(Keep::default()).map_err(|error| format!("cannot collect: {error}"))?;
     chain.verify(true, &quiet).map_err(|error| format!("unsound: {error}"))?;
     let left = fs::read_dir(folder.join("objects")).map_err(|error| error.to_string())?.count() as u64;
     let needed = chain.verify(false, &quiet).map_err(|error| error.to_string())?.objects;

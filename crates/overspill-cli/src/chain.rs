@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Parser, Subcommand};
-use overspill_chain::{Chain, Error, Keep, PARAMS, Record, Role};
+use overspill_chain::{Chain, Error, Keep, PARAMS, Record};
 use overspill_tpde::{Checkpoint, Options};
 use serde_json::{Value, json};
 
@@ -175,7 +175,7 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
             )
         }
         Command::Gc { chain, last, every, after } => {
-            let found = open(&chain)?.gc(Keep { last, every, up_to: after }, &|_, _| ())?;
+            let found = open(&chain)?.gc(Keep { last, every, up_to: after })?;
             say(
                 format!(
                     "{} steps dropped, {} files removed, {} bytes",
@@ -189,22 +189,13 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
     }
 }
 
-/// How a role is called in tables and JSON.
-fn role_name(role: Role) -> &'static str {
-    match role {
-        Role::Keyframe => "keyframe",
-        Role::Anchor => "anchor",
-        Role::Step => "step",
-    }
-}
-
 fn record_json(record: &Record) -> Value {
     let parts: serde_json::Map<String, Value> = record
         .parts
         .iter()
         .map(|(name, part)| {
             let value = json!({
-                "role": role_name(part.role), "state": part.state, "raw_bytes": part.raw_bytes,
+                "role": part.role.name(), "state": part.state, "raw_bytes": part.raw_bytes,
                 "new_bytes": part.new_bytes(), "patch_bytes": part.patch.bytes,
             });
             (name.clone(), value)
@@ -224,7 +215,7 @@ fn log_text(log: &[Record]) -> String {
             rows.push(vec![
                 name.clone(),
                 record.step.to_string(),
-                role_name(part.role).to_owned(),
+                part.role.name().to_owned(),
                 part.raw_bytes.to_string(),
                 part.new_bytes().to_string(),
                 ratio(part.raw_bytes, part.new_bytes()),

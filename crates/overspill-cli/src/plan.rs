@@ -85,6 +85,17 @@ struct Priced {
     plan: Plan,
 }
 
+/// All that is shown, as a table or as JSON.
+struct Report<'a> {
+    card: &'a Card,
+    shape: Shape,
+    record: StepRecord,
+    fixed_bytes: u64,
+    alone_us: f64,
+    gbps: f64,
+    priced: Vec<Priced>,
+}
+
 impl Priced {
     /// What keeps the step from being faster, or from running.
     fn binds(&self) -> &'static str {
@@ -126,10 +137,11 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         })
         .collect::<Vec<_>>();
     let alone_us = record.events.last().map_or(0.0, |event| event.time_us);
+    let report = Report { card, shape, record, fixed_bytes, alone_us, gbps, priced };
     if args.json {
-        return table::print_json(&to_json(card, &shape, &record, fixed_bytes, alone_us, gbps, &priced));
+        return table::print_json(&to_json(&report));
     }
-    table::print(&to_text(card, &shape, &record, fixed_bytes, alone_us, gbps, &priced))
+    table::print(&to_text(&report))
 }
 
 /// The entry of `list` that is called `name`.
@@ -165,15 +177,8 @@ fn gb(bytes: u64) -> String {
     format!("{:.2}", bytes as f64 / 1e9)
 }
 
-fn to_text(
-    card: &Card,
-    shape: &Shape,
-    record: &StepRecord,
-    fixed_bytes: u64,
-    alone_us: f64,
-    gbps: f64,
-    priced: &[Priced],
-) -> String {
+fn to_text(report: &Report<'_>) -> String {
+    let Report { card, shape, record, fixed_bytes, alone_us, gbps, priced } = report;
     let header =
         ["budget", "GB", "peak", "kept", "rebuilt", "offloaded", "step ms", "over keep-all", "binds"];
     let mut rows = vec![header.map(str::to_owned).to_vec()];
@@ -203,7 +208,7 @@ fn to_text(
         card.tflops,
         card.memory_tbps,
         card.source,
-        gb(fixed_bytes),
+        gb(*fixed_bytes),
         gb(record.unit_bytes()),
         gb(record.keep_all_peak_bytes()),
         alone_us / 1e3,
@@ -211,15 +216,8 @@ fn to_text(
     )
 }
 
-fn to_json(
-    card: &Card,
-    shape: &Shape,
-    record: &StepRecord,
-    fixed_bytes: u64,
-    alone_us: f64,
-    gbps: f64,
-    priced: &[Priced],
-) -> serde_json::Value {
+fn to_json(report: &Report<'_>) -> serde_json::Value {
+    let Report { card, shape, record, fixed_bytes, alone_us, gbps, priced } = report;
     let plans: Vec<_> = priced
         .iter()
         .map(|entry| {
