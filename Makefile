@@ -6,6 +6,8 @@ UV := $(shell command -v uv 2>/dev/null || echo $(TOOLS)/bin/uv)
 RUST := $(shell git ls-files -co --exclude-standard 'crates/*' 'bindings/*' Cargo.toml Cargo.lock 2>/dev/null)
 IN := source $(VENV)/bin/activate &&
 export PYTHONUNBUFFERED := 1
+# transformers draws a bar for every file it loads; the demo has its own.
+export TQDM_DISABLE := 1
 # Behind everything else: maturin calls uv by name, which may be only here.
 export PATH := $(PATH):$(CURDIR)/$(TOOLS)/bin
 comma := ,

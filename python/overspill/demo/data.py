@@ -7,7 +7,6 @@ text is the source of the standard library.
 from __future__ import annotations
 
 import importlib.util
-import os
 import sysconfig
 from pathlib import Path
 
@@ -24,7 +23,6 @@ def prepare(folder: Path, token_count: int) -> None:
     """
     if (folder / "config.json").exists() and (folder / f"tokens-{token_count}.pt").exists():
         return
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the conversion of the weights draws its own bar
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
