@@ -5,7 +5,8 @@
 use std::collections::HashSet;
 use std::fs;
 
-use crate::chain::{Chain, cache_name};
+use crate::chain::Chain;
+use crate::lineage::cache_name;
 use crate::lock::Lock;
 use crate::record::{Part, record_name, step_of};
 use crate::{Error, Result};

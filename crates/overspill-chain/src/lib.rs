@@ -28,6 +28,7 @@ mod chain;
 mod error;
 pub mod files;
 mod gc;
+mod lineage;
 mod lock;
 pub mod policy;
 pub mod record;

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use overspill_tpde::checkpoint::MemoryTensor;
 use overspill_tpde::{Checkpoint, Entry, Kind, Patch, Progress, apply, apply_into};
 
-use crate::chain::{Chain, cache_name};
+use crate::chain::Chain;
+use crate::lineage::cache_name;
 use crate::record::{Object, Part};
 use crate::{Error, Result};
 
