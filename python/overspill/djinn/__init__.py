@@ -2,6 +2,6 @@
 
 from .cache import SessionCache
 from .pool import SessionPool
-from .session import Break, Generated, Output, Paused, Session
+from .session import Break, Generated, Ongoing, Output, Paused, Session
 
-__all__ = ["Break", "Generated", "Output", "Paused", "Session", "SessionCache", "SessionPool"]
+__all__ = ["Break", "Generated", "Ongoing", "Output", "Paused", "Session", "SessionCache", "SessionPool"]

@@ -15,10 +15,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+if TYPE_CHECKING:
+    from .batch import Rows
 
 # Masks that the layers of a step on this thread share, with what is added for them; None outside a step.
 Biases = dict[int, tuple[torch.Tensor, torch.Tensor]]
@@ -83,6 +86,17 @@ def repeatable_attention(start: int, step: bool) -> Iterator[None]:
                 _thread.biases = None
 
 
+@contextmanager
+def batch_attention(rows: Rows) -> Iterator[None]:
+    """Within it, layers of a forward of this thread attend as ``rows`` of a batch do."""
+    with _cudnn, _sdpa:
+        _thread.rows = rows
+        try:
+            yield
+        finally:
+            _thread.rows = None
+
+
 def _attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -93,6 +107,9 @@ def _attention(
     **others: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What layers call for "sdpa" while a thread is in a step."""
+    rows: Rows | None = getattr(_thread, "rows", None)
+    if rows is not None:
+        return rows.attend(_sdpa.before, module, query, scaling=scaling, **others), None
     biases: Biases | None = getattr(_thread, "biases", None)
     plain = not others.get("dropout") and others.get("position_bias") is None
     if biases is None or not plain or attention_mask is None or not is_step(query, key, attention_mask):

@@ -30,6 +30,14 @@ class Generated:
     logits: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Ongoing:
+    """A session between two tokens: so far it generated ``tokens``, the last of them chosen from ``logits``."""
+
+    tokens: list[int]
+    logits: torch.Tensor
+
+
 class Paused:
     """A session that stands within a forward, after a layer of it."""
 

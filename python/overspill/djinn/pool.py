@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from .._native import DjinnPool
 from .._units import format_bytes, parse_bytes
 from ..errors import BudgetError, FormatError, SessionError
 from .attention import repeatable_attention
+from .decode import BatchDecoder
 from .families import fingerprint, shape_of
 from .fixed import FixedDecoder
+from .outcome import Generated, Ongoing, Paused
 from .session import Session
 from .steering import Steer
 
@@ -98,6 +100,7 @@ class SessionPool:
         self._next_key = 0
         self._lock = threading.RLock()
         self._fixed = FixedDecoder(self) if fixed_decode else None
+        self._batches = BatchDecoder(self, captures=self._fixed is not None and self._fixed._captures)
         self._lingering: tuple[Session, int] | None = None
 
     def session(self, name: str) -> Session:
@@ -129,6 +132,22 @@ class SessionPool:
                 session.close()
                 raise
             return session
+
+    def decode(self, sessions: Sequence[Session], steps: int = 1) -> list[Paused | Generated | Ongoing]:
+        """Generates ``steps`` tokens more for each of ``sessions``, together: weights are read once a step for all.
+
+        Each of them generates already (:meth:`Session.start`, or paused in :meth:`Session.generate`), each as far as it
+        was started for, with its own breakpoints, sampler and steering. All have to fit on the device at once.
+
+        Returns:
+            What became of each, in their order: it stopped at a breakpoint, is at its end, or goes on.
+
+        Raises:
+            SessionError: a session is not generating, is there twice, or has no room; nothing was done.
+            BudgetError: they do not fit; those that went on before stand where they got to.
+        """
+        with self._lock:
+            return self._batches.decode(sessions, steps)
 
     def sessions(self) -> list[Session]:
         """All sessions."""

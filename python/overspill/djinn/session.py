@@ -17,7 +17,7 @@ import torch
 
 from ..errors import SessionError
 from .cache import SessionCache
-from .outcome import Generated, Output, Paused
+from .outcome import Generated, Ongoing, Output, Paused
 from .partial import Stop, armed
 from .steering import Intervention, Steer, Steering, check_hidden
 from .turn import Break, Sampling, Turn
@@ -25,7 +25,7 @@ from .turn import Break, Sampling, Turn
 if TYPE_CHECKING:
     from .pool import SessionPool
 
-__all__ = ["Break", "Generated", "Output", "Paused", "Session"]
+__all__ = ["Break", "Generated", "Ongoing", "Output", "Paused", "Session"]
 
 
 class Session:
@@ -55,7 +55,7 @@ class Session:
         """
         turn = Turn(self._ids(ids), self._breaks(breaks), logits_to_keep)
         outcome = self._start(turn)
-        assert not isinstance(outcome, Generated)
+        assert not isinstance(outcome, Generated | Ongoing)
         return outcome
 
     def generate(
@@ -69,31 +69,69 @@ class Session:
         eos_token_id: int | Sequence[int] = (),
     ) -> Paused | Generated:
         """Generates after ``ids``; greedy at ``temperature`` 0. Step 0 is the forward over ``ids``."""
-        if max_new_tokens < 1:
-            raise SessionError(f"max_new_tokens is {max_new_tokens}", session=self.id)
-        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-        sampling = Sampling.make(temperature, seed, max_new_tokens, ends)
-        outcome = self._start(Turn(self._ids(ids), self._breaks(breaks), 1, sampling=sampling))
+        outcome = self._start(self._generation(ids, max_new_tokens, breaks, temperature, seed, eos_token_id))
+        assert not isinstance(outcome, Output | Ongoing)
+        return outcome
+
+    def start(
+        self,
+        ids: torch.Tensor | Sequence[int],
+        max_new_tokens: int,
+        breaks: Sequence[Break] = (),
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        eos_token_id: int | Sequence[int] = (),
+    ) -> Paused | Generated | Ongoing:
+        """As :meth:`generate`, but only up to the first token; :meth:`SessionPool.decode` or :meth:`resume` goes
+        on from there.
+        """
+        turn = self._generation(ids, max_new_tokens, breaks, temperature, seed, eos_token_id)
+        outcome = self._start(turn, most=1)
         assert not isinstance(outcome, Output)
         return outcome
 
     def resume(self) -> Paused | Output | Generated:
-        """Goes on from where the session is paused. If that fails it is paused there still."""
+        """Goes on from where the session is paused, or to the end of what it is generating. If that fails it stands
+        there still.
+        """
         with self.pool._lock:
             self._open()
             if self._turn is None:
                 raise SessionError(f"session {self.id!r} is not paused", session=self.id)
-            return self._drive(self._turn)
+            outcome = self._drive(self._turn)
+            assert not isinstance(outcome, Ongoing)
+            return outcome
+
+    def stop(self) -> list[int]:
+        """Ends what the session is generating, between two tokens; what it generated."""
+        with self.pool._lock:
+            self._open()
+            turn = self._turn
+            if turn is None or turn.sampling is None or turn.layer >= 0:
+                raise SessionError(f"session {self.id!r} is not between two tokens", session=self.id)
+            self._turn = None
+            return list(turn.sampling.tokens)
 
     @property
     def paused(self) -> Paused | None:
         """Where the session stands, if it is paused."""
-        return None if self._turn is None else Paused(self, self._turn)
+        return None if self._turn is None or self._turn.layer < 0 else Paused(self, self._turn)
 
     @property
     def tokens(self) -> int:
         """Tokens that every layer has."""
         return self.cache.start
+
+    def _generation(
+        self, ids: torch.Tensor | Sequence[int], count: int, breaks: Sequence[Break], temperature: float,
+        seed: int, eos_token_id: int | Sequence[int],
+    ) -> Turn:  # fmt: skip
+        if count < 1:
+            raise SessionError(f"max_new_tokens is {count}", session=self.id)
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        sampling = Sampling.make(temperature, seed, count, ends)
+        return Turn(self._ids(ids), self._breaks(breaks), 1, sampling=sampling)
 
     def _ids(self, ids: torch.Tensor | Sequence[int]) -> list[int]:
         listed = ids.flatten().tolist() if isinstance(ids, torch.Tensor) else list(ids)
@@ -113,18 +151,20 @@ class Session:
                 raise SessionError(message, session=self.id, layer=one.layer)
         return list(breaks)
 
-    def _start(self, turn: Turn) -> Paused | Output | Generated:
+    def _start(self, turn: Turn, most: int | None = None) -> Paused | Output | Generated | Ongoing:
         with self.pool._lock:
             self._open()
             if self._turn is not None:
-                message = f"session {self.id!r} is paused after layer {self._turn.layer}: resume it first"
+                where = f"paused after layer {self._turn.layer}" if self._turn.layer >= 0 else "generating"
+                message = f"session {self.id!r} is {where}: resume it first"
                 raise SessionError(message, session=self.id, layer=self._turn.layer)
-            return self._drive(turn)
+            return self._drive(turn, most)
 
-    def _drive(self, turn: Turn) -> Paused | Output | Generated:
-        """Forwards until a breakpoint or the end."""
+    def _drive(self, turn: Turn, most: int | None = None) -> Paused | Output | Generated | Ongoing:
+        """Forwards until a breakpoint or the end, or until ``most`` tokens more are there."""
+        before = 0 if turn.sampling is None else len(turn.sampling.tokens)
         while True:
-            logits = self._burst(turn)
+            logits = self._burst(turn, most)
             if logits is None:
                 outcome = self._forward(turn)
                 if isinstance(outcome, Stop):
@@ -137,18 +177,22 @@ class Session:
                 if turn.sampling is None:
                     return Output(logits)
                 turn.follow(turn.sampling.choose(logits[0, -1]))
+            stands = self._stand(turn, logits)
             assert turn.sampling is not None
-            self._token = turn.ids[0]
-            if turn.sampling.is_over():
-                return Generated(list(turn.sampling.tokens), logits)
+            if isinstance(stands, Generated) or len(turn.sampling.tokens) - before == most:
+                return stands
+
+    def _stand(self, turn: Turn, logits: torch.Tensor) -> Generated | Ongoing:
+        """Stands between two tokens, the last of which has not been through the model, or is at the end."""
+        assert turn.sampling is not None
+        self._token = turn.ids[0]
+        over = turn.sampling.is_over()
+        self._turn = None if over else turn
+        return (Generated if over else Ongoing)(list(turn.sampling.tokens), logits)
 
     def _forward(self, turn: Turn) -> Stop | torch.Tensor:
         """One forward of the model, or the rest of one; the logits, or where it stopped."""
-        pool, length = self.pool, self.cache.start + len(turn.ids)
-        if length > pool.session_tokens:
-            message = f"session {self.id!r} would have {length} tokens; a slab holds {pool.session_tokens}"
-            facts = {"session": self.id, "tokens": length, "limit_tokens": pool.session_tokens}
-            raise SessionError(message, **facts)
+        pool, length = self.pool, self._check_room(len(turn.ids))
         hidden = self._hidden_to_resume(turn)
         stops = {one.layer for one in turn.breaks if one.step == turn.step and one.layer > turn.layer}
         pool._settle()
@@ -172,14 +216,26 @@ class Session:
         self._leave(length, None)
         return logits
 
+    def _the_turn(self) -> Turn:
+        assert self._turn is not None
+        return self._turn
+
+    def _check_room(self, count: int) -> int:
+        """The session's tokens with ``count`` more."""
+        length, limit = self.cache.start + count, self.pool.session_tokens
+        if length > limit:
+            message = f"session {self.id!r} would have {length} tokens; a slab holds {limit}"
+            raise SessionError(message, session=self.id, tokens=length, limit_tokens=limit)
+        return length
+
     def _fixed_step(self, count: int) -> contextlib.AbstractContextManager[None]:
         decoder = self.pool._fixed
         if decoder is None or count != 1 or self.cache.start == 0:
             return contextlib.nullcontext()
         return decoder.step(self)
 
-    def _burst(self, turn: Turn) -> torch.Tensor | None:
-        """As many steps at fixed length as come before the next breakpoint; the logits of the last."""
+    def _burst(self, turn: Turn, most: int | None) -> torch.Tensor | None:
+        """As many steps at fixed length as come before the next breakpoint, ``most`` at most; the logits of the last."""
         decoder, sampling = self.pool._fixed, turn.sampling
         fits = decoder is not None and sampling is not None and sampling.temperature == 0
         if (
@@ -191,9 +247,8 @@ class Session:
         ):
             return None
         assert decoder is not None and sampling is not None
-        steps = [one.step - turn.step for one in turn.breaks if one.step >= turn.step]
         room = self.pool.session_tokens - self.cache.start
-        count = min([sampling.remaining, room, *steps])
+        count = turn.steps_free(min(sampling.remaining, room, most or room))
         if count < 1:
             return None
         start = self.cache.start
@@ -267,13 +322,7 @@ class Session:
             self._open()
             if self._turn is not None:
                 raise SessionError(f"session {self.id!r} is paused: resume it first", session=self.id)
-            end = self.cache.start + count
-            if end > self.pool.session_tokens:
-                message = (
-                    f"session {self.id!r} would have {end} tokens; a slab holds {self.pool.session_tokens}"
-                )
-                facts = {"session": self.id, "tokens": end, "limit_tokens": self.pool.session_tokens}
-                raise SessionError(message, **facts)
+            self._check_room(count)
             self.pool._settle()
             self._enter(count)
             self._outside, self._token = True, None
@@ -394,5 +443,6 @@ class Session:
         self.pool._settle()
 
     def __repr__(self) -> str:
-        where = "" if self._turn is None else f", paused after layer {self._turn.layer}"
+        paused = self._turn is not None and self._turn.layer >= 0
+        where = f", paused after layer {self._turn.layer}" if paused else ""  # type: ignore[union-attr]
         return f"Session({self.id!r}, {self.cache.start} tokens{where})"

@@ -37,13 +37,14 @@ class Sampling:
 
     def choose(self, logits: torch.Tensor) -> int:
         """The next token after the one that ``logits`` are of."""
-        if self.temperature > 0:
-            probabilities = torch.softmax(logits.float() / self.temperature, dim=-1).cpu()
-            token = int(torch.multinomial(probabilities, 1, generator=self.generator))
-        else:
-            token = int(logits.argmax())
+        token = self.pick(logits) if self.temperature > 0 else int(logits.argmax())
         self.took([token])
         return token
+
+    def pick(self, logits: torch.Tensor) -> int:
+        """A token at random, which is not counted yet."""
+        probabilities = torch.softmax(logits.float() / self.temperature, dim=-1).cpu()
+        return int(torch.multinomial(probabilities, 1, generator=self.generator))
 
     def took(self, tokens: list[int]) -> None:
         """Counts tokens that were chosen."""
@@ -83,6 +84,20 @@ class Turn:
     def follow(self, token: int) -> None:
         """Goes on to the forward over ``token``."""
         self.ids, self.layer, self.hidden, self.step = [token], -1, None, self.step + 1
+
+    def next_stop(self) -> int:
+        """The layer at which the running forward will stop; -1: at none."""
+        return min((one.layer for one in self._ahead() if one.step == self.step), default=-1)
+
+    def steps_free(self, most: int) -> int:
+        """Forwards, ``most`` at most, before the one that stops."""
+        return min([most, *(one.step - self.step for one in self._ahead())])
+
+    def _ahead(self) -> list[Break]:
+        return [
+            one for one in self.breaks
+            if one.step > self.step or (one.step == self.step and one.layer > self.layer)
+        ]  # fmt: skip
 
     def copy(self) -> Turn:
         """The same for a fork."""
