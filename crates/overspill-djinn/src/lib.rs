@@ -17,7 +17,9 @@ mod geometry;
 mod host_copy;
 mod pool;
 mod saved;
+pub mod scheduler;
 mod session;
+pub mod simulate;
 mod swap;
 
 pub use arena::{Arena, Seat};
