@@ -119,8 +119,8 @@ gpu-bundle: build  ## what gpu/run.sh needs on an offline machine with a GPU
 	cp target/release/examples/link_speed $(BUNDLE)/link_speed && strip $(BUNDLE)/link_speed
 	$(UV) pip install --quiet --no-deps --target target/peers trl==0.24.0 unsloth_zoo==2026.10.9
 	cd target/peers && cp --parents $(PEER_FILES) $(CURDIR)/$(BUNDLE)/peers
-	$(IN) python -c 'from pathlib import Path; from overspill.demo.data import prepare; prepare(Path("target/demo/smollm2-135m"), 4608)'
-	$(IN) python gpu/cut_model.py target/demo/smollm2-135m $(BUNDLE)/model.tar.xz
+	$(IN) python -c 'from pathlib import Path; from overspill.demo.data import prepare; prepare(Path("target/demo/smollm2-135m"))'
+	$(IN) python gpu/cut_model.py cut target/demo/smollm2-135m $(BUNDLE)/model.tar.xz
 	git rev-parse HEAD > $(BUNDLE)/commit
 	du -sh $(BUNDLE)
 

@@ -17,7 +17,7 @@ import torch
 from overspill._units import format_bytes
 
 from .chain import keep_in_chain, print_chain
-from .data import prepare
+from .data import BATCH, SEQUENCE, STEPS, prepare
 
 
 def main() -> int:
@@ -62,9 +62,9 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m overspill.demo", description=__doc__)
     parser.add_argument("--out", default="target/demo", help="folder for the report and the model")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--sequence", type=int, default=512, help="tokens per sequence")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--sequence", type=int, default=SEQUENCE, help="tokens per sequence")
     parser.add_argument("--share", type=float, default=0.5, help="budget as a share of what keep-all held")
     return parser.parse_args()
 

@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 
 TEXT_FILES = ("argparse.py", "ast.py", "asyncio/base_events.py", "dataclasses.py", "inspect.py", "typing.py")
+STEPS, BATCH, SEQUENCE = 3, 4, 512  # what the training part does if nothing else is asked for
+TOKENS = STEPS * BATCH * SEQUENCE
 
 
-def prepare(folder: Path, token_count: int) -> None:
+def prepare(folder: Path, token_count: int = TOKENS) -> None:
     """Writes the model (safetensors) and ``token_count`` tokens into ``folder``, once.
 
     Raises:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from overspill._units import format_bytes
 from overspill.djinn import Break, Generated, Output, Paused, SessionPool
 
-from .data import prepare
+from .data import TOKENS, prepare
 
 SESSIONS = 5
 RESIDENT = 2
@@ -174,9 +174,8 @@ def main() -> int:
     parser.add_argument("--every-layer", action="store_true", help="prove every layer of the model instead")
     options = parser.parse_args()
     out = Path(options.out)
-    token_count = 4608  # as the training part asks for by default, so that they share it
-    prepare(out / "smollm2-135m", token_count)
-    tokens = torch.load(out / "smollm2-135m" / f"tokens-{token_count}.pt")
+    prepare(out / "smollm2-135m")
+    tokens = torch.load(out / "smollm2-135m" / f"tokens-{TOKENS}.pt")
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     if options.every_layer:
         same, tried = every_layer(out / "smollm2-135m", tokens[:PROMPT_TOKENS].tolist(), device, steps=3)
