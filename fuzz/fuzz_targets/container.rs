@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use libfuzzer_sys::fuzz_target;
 use overspill_fuzz::damage;
 use overspill_tpde::checkpoint::MemoryTensor;
-use overspill_tpde::{Checkpoint, Dtype, Options, PackOptions, Patch, apply_into, pack_to_vec};
+use overspill_tpde::{Checkpoint, Dtype, Kind, Options, PackOptions, Patch, apply_into, pack_to_vec};
 
 const OPTIONS: Options = Options { memory_bytes: 1 << 26, threads: 1 };
 
@@ -25,7 +25,7 @@ fn checkpoint(state: &[Vec<u8>; 2]) -> Checkpoint<'_> {
     let tensors = [("weight", Dtype::Bf16, vec![20, 20]), ("mask", Dtype::Bool, vec![40])];
     let tensors = tensors.into_iter().zip(state).map(|((name, dtype, shape), bytes)| MemoryTensor {
         name: name.into(),
-        dtype,
+        kind: Kind::Plain(dtype),
         shape,
         bytes: bytes.as_slice(),
     });

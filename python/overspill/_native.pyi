@@ -11,17 +11,21 @@ __all__ = [
     "__version__",
     "DjinnPool",
     "Engine",
+    "HostMemory",
     "Onboarding",
     "Planner",
     "Slot",
     "TpdeChain",
     "TpdeDevicePatch",
     "TpdePatch",
+    "TpdePlaced",
+    "TpdeStreamedPatch",
     "process_memory",
     "resident_peak_bytes",
     "return_freed_tensors",
     "run_cli",
     "tpde_pack",
+    "tpde_quantize",
     "tpde_state_id",
 ]
 
@@ -229,6 +233,23 @@ class Engine:
     def trace_json(self, /) -> str:
         """
         The timeline of transfers as Perfetto JSON; empty unless made with `trace=True`.
+        """
+
+@final
+class HostMemory:
+    """
+    Zeroed host memory that a CUDA device's copy engines reach directly, given back with this object.
+    """
+    def __new__(cls, /, ordinal: SupportsIndex, bytes: SupportsIndex) -> HostMemory: ...
+    @property
+    def address(self, /) -> int:
+        """
+        Address of its first byte.
+        """
+    @property
+    def nbytes(self, /) -> int:
+        """
+        Length in bytes.
         """
 
 @final
@@ -534,10 +555,31 @@ class TpdePatch:
 
         With `base_id` the base is taken to be that state and is not hashed.
         """
+    def authenticate(self, /, memory_bytes: SupportsIndex, threads: SupportsIndex) -> None:
+        """
+        Compares every byte of it with its hash.
+        """
     @property
     def base_id(self, /) -> str | None:
         """
         State that it starts from.
+        """
+    def bases(self, /) -> list[str]:
+        """
+        What each of `tensors()` starts from: "none", "words", or the layout of quantized blocks.
+        """
+    def decode_tensor(
+        self,
+        /,
+        entry: SupportsIndex,
+        base: tuple[SupportsIndex, SupportsIndex],
+        out: tuple[SupportsIndex, SupportsIndex],
+        memory_bytes: SupportsIndex,
+        threads: SupportsIndex,
+    ) -> None:
+        """
+        Decodes number `entry` of `tensors()` from `base` into `out`, both (address, bytes); it must have been
+        authenticated.
         """
     @property
     def final_id(self, /) -> str:
@@ -557,6 +599,15 @@ class TpdePatch:
     def packed_bytes(self, /) -> int:
         """
         Size of the patch.
+        """
+    @property
+    def payload_bytes(self, /) -> int:
+        """
+        Bytes of all payloads.
+        """
+    def read_payloads(self, /, start: SupportsIndex, out: tuple[SupportsIndex, SupportsIndex]) -> None:
+        """
+        Copies payloads from byte `start` of their section on to `out`, (address, bytes).
         """
     def tensors(self, /) -> list[tuple[str, str, list[int], int]]:
         """
@@ -578,6 +629,56 @@ class TpdePatch:
     ) -> bool:
         """
         Checks every byte and, where the base is given or none is needed, the result; says whether it decoded.
+        """
+
+@final
+class TpdePlaced:
+    """
+    A tensor of a streamed patch that is decoded at fixed addresses.
+    """
+    @property
+    def device_bytes(self, /) -> int:
+        """
+        Bytes that it takes on the device.
+        """
+    def enqueue(self, /, stream: SupportsIndex) -> None:
+        """
+        Enqueues its decoding on `stream`, behind which its payloads are in place.
+        """
+    def left(self, /, stream: SupportsIndex) -> int:
+        """
+        Waits for `stream`: how many chunks kernels have left undecoded.
+        """
+
+@final
+class TpdeStreamedPatch:
+    """
+    A patch whose payloads pass through a CUDA device; its records and tables are there.
+    """
+    def __new__(cls, /, patch: TpdePatch, ordinal: SupportsIndex) -> TpdeStreamedPatch:
+        """
+        Brings an authenticated patch's records and tables up to device `ordinal`. The patch is not kept.
+        """
+    @property
+    def device_bytes(self, /) -> int:
+        """
+        Bytes that it takes on the device.
+        """
+    def payload(self, /, entry: SupportsIndex) -> tuple[int, int]:
+        """
+        Which payloads number `entry` of `tensors()` needs: (first byte of the section, bytes).
+        """
+    def place(
+        self,
+        /,
+        entry: SupportsIndex,
+        payload: SupportsIndex,
+        base: SupportsIndex,
+        out: tuple[SupportsIndex, SupportsIndex],
+    ) -> TpdePlaced | None:
+        """
+        Plans a tensor: its payloads will be at `payload`, what it starts from at `base`, and its (address, bytes) are
+        `out`. None where kernels do not decode it.
         """
 
 def process_memory() -> tuple[int, int]:
@@ -620,6 +721,19 @@ def tpde_pack(
 ) -> tuple[str, str | None, str, int, int, bytes | None]:
     """
     Packs `final_state` against `base` into the file `output`, or into memory.
+    """
+
+def tpde_quantize(
+    layout: str,
+    dtype: str,
+    source: tuple[SupportsIndex, SupportsIndex],
+    *,
+    back: bool,
+    memory_bytes: SupportsIndex,
+    threads: SupportsIndex,
+) -> bytes:
+    """
+    Quantizes weights of `dtype` at (address, bytes) to blocks of `layout`, or with `back` the other way round.
     """
 
 def tpde_state_id(

@@ -19,6 +19,11 @@ Many fine-tunes live over one resident base, each a patch::
 
     tunes = tpde.variants(model, {"law": "law.tpde", "code": "code.tpde"})
     tunes.switch("law")
+
+A model larger than the device runs with its weights packed in host memory::
+
+    tpde.stream(model, vram_budget="8GiB")
+    model.generate(ids)
 """
 
 from __future__ import annotations
@@ -26,25 +31,29 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import _native
 
 if TYPE_CHECKING:
     from ._chain import Chain
+    from ._stream import Streamed
     from ._variants import Variants
 
 __all__ = [
     "Chain",
     "Packed",
     "Patch",
+    "Quantized",
     "TensorInfo",
     "apply",
     "inspect",
     "open",
     "pack",
+    "quantize",
     "state_id",
+    "stream",
     "variants",
 ]
 
@@ -111,6 +120,31 @@ class TensorInfo:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """Weights as GGUF's 4- or 8-bit blocks (32 weights each), a base that is smaller than what it stands for.
+
+    ``blocks`` is a flat uint8 tensor; ``layout`` is "Q4_0", "Q4_1" or "Q8_0"; ``dtype`` and ``shape`` are those of the
+    weights.
+    """
+
+    layout: str
+    dtype: Any
+    shape: tuple[int, ...]
+    blocks: Any
+
+    def to(self, device: Any) -> Quantized:
+        """The same blocks on another device."""
+        return replace(self, blocks=self.blocks.to(device))
+
+    def dequantize(self) -> Any:
+        """The weights that the blocks stand for, on the CPU."""
+        import torch
+
+        made = _quantize(self.layout, self.dtype, self.blocks, back=True)
+        return made.view(self.dtype).view(torch.Size(self.shape))
+
+
 class _Source:
     """A checkpoint for the native side, and the objects that keep its addresses valid."""
 
@@ -124,6 +158,10 @@ class _Source:
             self.native = os.fspath(checkpoint)
 
     def _describe(self, name: str, value: Any) -> _RawTensor:
+        if isinstance(value, Quantized):
+            blocks = value.blocks.cpu().contiguous()
+            self.keep.append(blocks)
+            return (name, value.layout, list(value.shape), blocks.data_ptr(), blocks.nbytes)
         if hasattr(value, "data_ptr"):
             self.framework = self.framework or "torch"
             kept = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
@@ -249,6 +287,29 @@ class Patch:
     def tensors(self) -> dict[str, TensorInfo]:
         """The tensors that the patch makes."""
         return {n: TensorInfo(dtype, tuple(shape), size) for n, dtype, shape, size in self._native.tensors()}
+
+    @property
+    def bases(self) -> dict[str, str]:
+        """What each tensor starts from: "none", "words", or the layout of quantized blocks."""
+        return dict(zip(self.tensors, self._native.bases(), strict=True))
+
+    def authenticate(self, *, memory_bytes: int = DEFAULT_MEMORY_BYTES, threads: int = 0) -> None:
+        """Compares every byte with the patch's hash. Raises FormatError for one that differs."""
+        self._native.authenticate(memory_bytes, threads)
+
+    def decode(self, name: str, base: Any = None) -> Any:
+        """One tensor, on the CPU; ``base`` is what it starts from, if anything. The patch must be authentic."""
+        info = self.tensors[name]
+        made, _ = _empty(info, "torch")
+        self.decode_into(list(self.tensors).index(name), base, made)
+        return made
+
+    def decode_into(self, entry: int, base: Any, out: Any, *, threads: int = 0) -> None:
+        """Decodes number ``entry`` of :attr:`tensors` into a contiguous CPU tensor. See :meth:`decode`."""
+        held = getattr(base, "blocks", base)
+        held = None if held is None else held.detach().cpu().contiguous()
+        start = (0, 0) if held is None else (held.data_ptr(), held.nbytes)
+        self._native.decode_tensor(entry, start, (out.data_ptr(), out.nbytes), DEFAULT_MEMORY_BYTES, threads)
 
     def inspect(self, *, memory_bytes: int = DEFAULT_MEMORY_BYTES, threads: int = 0) -> dict[str, Any]:
         """Raw and packed bytes, ratio, changed share and modes, by tensor and in all."""
@@ -510,6 +571,46 @@ def variants(model: Any, patches: Mapping[str, PathType | bytes | Patch]) -> Var
     from ._variants import Variants
 
     return Variants(model, patches)
+
+
+def quantize(tensor: Any, layout: Literal["Q4_0", "Q4_1", "Q8_0"] = "Q4_0") -> Quantized:
+    """Blocks of a bf16, fp16 or fp32 tensor whose last dimension is a multiple of 32, on its device."""
+    blocks = _quantize(layout, tensor.dtype, tensor.detach(), back=False)
+    return Quantized(layout, tensor.dtype, tuple(tensor.shape), blocks.to(tensor.device))
+
+
+def _quantize(layout: str, dtype: Any, source: Any, *, back: bool) -> Any:
+    import torch
+
+    held = source.cpu().contiguous()
+    name = _NAMES[str(dtype).removeprefix("torch.")]
+    place, limits = (held.data_ptr(), held.nbytes), {"memory_bytes": DEFAULT_MEMORY_BYTES, "threads": 0}
+    made = _native.tpde_quantize(layout, name, place, back=back, **limits)
+    return torch.frombuffer(bytearray(made), dtype=torch.uint8)
+
+
+def stream(
+    model: Any,
+    vram_budget: int | str,
+    *,
+    patch: PathType | bytes | Patch | None = None,
+    base: Mapping[str, Any] | None = None,
+    device: Any = None,
+    packed: bool = True,
+    reserve: int | str | None = None,
+) -> Streamed:
+    """Runs a frozen model whose weights live packed in host memory and are rebuilt around their use, bit for bit.
+
+    ``model`` is on the CPU, or on the meta device where ``patch`` makes its weights; without a patch its large weights
+    are packed here, against ``base`` (tensors or :class:`Quantized` by name, which then lie on the device) or alone.
+    What is on ``device`` (CUDA if there is any) stays below ``vram_budget``, of which ``reserve`` (a sixteenth) is left
+    for activations and caches. ``packed=False`` sends raw weights the same way, to compare with. Afterwards
+    ``model(...)`` and ``model.generate(...)`` work as before; :meth:`Streamed.close` gives the weights back.
+    """
+    from ._stream import Streamed
+
+    options = {"patch": patch, "base": base, "device": device, "packed": packed, "reserve": reserve}
+    return Streamed(model, vram_budget, **options)
 
 
 def inspect(patch: PathType | bytes | Patch) -> dict[str, Any]:

@@ -25,9 +25,9 @@ mod _native {
     #[pymodule_export]
     use crate::storm::Planner;
     #[pymodule_export]
-    use crate::tpde::{TpdePatch, tpde_pack, tpde_state_id};
+    use crate::tpde::{TpdePatch, tpde_pack, tpde_quantize, tpde_state_id};
     #[pymodule_export]
-    use crate::tpde_device::TpdeDevicePatch;
+    use crate::tpde_device::{HostMemory, TpdeDevicePatch, TpdePlaced, TpdeStreamedPatch};
 
     /// Anonymous and all resident bytes of this process; zeros where the system does not say.
     #[pyfunction]

@@ -9,8 +9,9 @@ use std::str::FromStr;
 
 use overspill_tpde::checkpoint::MemoryTensor;
 use overspill_tpde::{
-    Checkpoint, CodecChoice, Dtype, Error, Options, PackOptions, PackReport, Patch, StateId, apply,
-    apply_in_place, apply_into, inspect, pack, pack_to_vec, state_id, verify,
+    BaseKind, Checkpoint, CodecChoice, Error, Kind, Options, PackOptions, PackReport, Patch, StateId, apply,
+    apply_in_place, apply_into, authenticate, decode_tensor, dequantize, inspect, pack, pack_to_vec,
+    quantize, state_id, verify,
 };
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -51,10 +52,10 @@ impl Source {
             Source::Memory(tensors) => tensors,
         };
         let described = tensors.iter().map(|(name, dtype, shape, address, bytes)| {
-            let dtype = Dtype::from_name(dtype)
+            let kind = Kind::from_name(dtype)
                 .ok_or_else(|| Error::Misuse { what: format!("{name:?}: no such dtype as {dtype:?}") })?;
             let bytes = bytes_at(*address, *bytes);
-            Ok(MemoryTensor { name: name.clone(), dtype, shape: shape.clone(), bytes })
+            Ok(MemoryTensor { name: name.clone(), kind, shape: shape.clone(), bytes })
         });
         Checkpoint::from_memory(label, described.collect::<Result<_, Error>>()?)
     }
@@ -156,6 +157,31 @@ pub fn tpde_state_id(
         .map_err(|error| tpde_error(py, &error))
 }
 
+/// Quantizes weights of `dtype` at (address, bytes) to blocks of `layout`, or with `back` the other way round.
+#[pyfunction]
+#[pyo3(signature = (layout, dtype, source, *, back, memory_bytes, threads))]
+pub fn tpde_quantize(
+    py: Python<'_>,
+    layout: &str,
+    dtype: &str,
+    source: (usize, usize),
+    back: bool,
+    memory_bytes: usize,
+    threads: usize,
+) -> PyResult<Py<PyBytes>> {
+    let (Some(Kind::Quantized(layout)), Some(Kind::Plain(dtype))) =
+        (Kind::from_name(layout), Kind::from_name(dtype))
+    else {
+        return Err(PyValueError::new_err(format!("no such layout or dtype as {layout:?}, {dtype:?}")));
+    };
+    let options = Options { memory_bytes, threads };
+    let made = py.detach(|| match back {
+        false => quantize(layout, bytes_at(source.0, source.1), dtype, &options),
+        true => dequantize(layout, bytes_at(source.0, source.1), dtype, &options),
+    });
+    made.map(|made| PyBytes::new(py, &made).unbind()).map_err(|error| tpde_error(py, &error))
+}
+
 /// An opened patch.
 #[pyclass(frozen, module = "overspill._native")]
 pub struct TpdePatch(pub Patch<'static>);
@@ -200,6 +226,55 @@ impl TpdePatch {
     fn tensors(&self) -> Vec<Described> {
         let entries = self.0.manifest().entries().iter().map(|entry| &entry.tensor);
         entries.map(|t| (t.name.clone(), t.kind.name().to_owned(), t.shape.clone(), t.bytes)).collect()
+    }
+
+    /// What each of `tensors()` starts from: "none", "words", or the layout of quantized blocks.
+    fn bases(&self) -> Vec<&'static str> {
+        let of = |base| match base {
+            BaseKind::None => "none",
+            BaseKind::Words => "words",
+            BaseKind::Quantized(layout) => Kind::Quantized(layout).name(),
+        };
+        self.0.manifest().entries().iter().map(|entry| of(entry.base)).collect()
+    }
+
+    /// Compares every byte of it with its hash.
+    fn authenticate(&self, py: Python<'_>, memory_bytes: usize, threads: usize) -> PyResult<()> {
+        let options = Options { memory_bytes, threads };
+        py.detach(|| authenticate(&self.0, &options)).map_err(|error| tpde_error(py, &error))
+    }
+
+    /// Decodes number `entry` of `tensors()` from `base` into `out`, both (address, bytes); it must have been
+    /// authenticated.
+    fn decode_tensor(
+        &self,
+        py: Python<'_>,
+        entry: usize,
+        base: (usize, usize),
+        out: (usize, usize),
+        memory_bytes: usize,
+        threads: usize,
+    ) -> PyResult<()> {
+        let options = Options { memory_bytes, threads };
+        py.detach(|| decode_tensor(&self.0, entry, bytes_at(base.0, base.1), out_at(out.0, out.1), &options))
+            .map_err(|error| tpde_error(py, &error))
+    }
+
+    /// Copies payloads from byte `start` of their section on to `out`, (address, bytes).
+    fn read_payloads(&self, py: Python<'_>, start: u64, out: (usize, usize)) -> PyResult<()> {
+        py.detach(|| {
+            let (out, mut scratch) = (out_at(out.0, out.1), Vec::new());
+            let bytes = out.len();
+            out.copy_from_slice(self.0.blob(start, bytes, &mut scratch)?);
+            Ok(())
+        })
+        .map_err(|error: Error| tpde_error(py, &error))
+    }
+
+    /// Bytes of all payloads.
+    #[getter]
+    fn payload_bytes(&self) -> u64 {
+        self.0.blob_bytes()
     }
 
     /// The report of `overspill tpde inspect --json`.

@@ -6,13 +6,13 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use overspill_codec_cuda::{Decoder, DevicePatch, Error, Place};
+use overspill_codec_cuda::{Decoder, DevicePatch, Error, Place, Placed, StreamedPatch};
 use overspill_device::{
-    Device,
+    Device, HostExtent,
     cuda::{CudaConfig, CudaDevice},
     nvrtc::Nvrtc,
 };
-use overspill_tpde::{Options, authenticate, expect_base};
+use overspill_tpde::{Options, authenticate, expect_base, expect_in_place};
 use pyo3::prelude::*;
 
 use crate::errors::{device_error, raise, tpde_error};
@@ -100,6 +100,9 @@ impl TpdeDevicePatch {
             places.into_iter().map(|(base, out, bytes)| Place { base, out, bytes }).collect();
         let applied = py.detach(|| -> Result<_, Error> {
             expect_base(patch, known)?;
+            if places.iter().any(|place| place.base == place.out && place.out != 0) {
+                expect_in_place(patch)?;
+            }
             let stream = self.opened.device.wrap_stream(stream)?;
             // SAFETY: the Python edge passes addresses and sizes of contiguous tensors on this device that it holds
             // until this returns, each of them once; their work is on `stream`.
@@ -107,5 +110,119 @@ impl TpdeDevicePatch {
         });
         let applied = applied.map_err(|error| error_of(py, &error))?;
         Ok((patch.final_id().to_string(), applied.scratch_bytes))
+    }
+}
+
+/// A patch whose payloads pass through a CUDA device; its records and tables are there.
+#[pyclass(frozen, module = "overspill._native")]
+pub struct TpdeStreamedPatch {
+    opened: Arc<Opened>,
+    streamed: Arc<StreamedPatch>,
+}
+
+/// A tensor of a streamed patch that is decoded at fixed addresses.
+#[pyclass(frozen, module = "overspill._native")]
+pub struct TpdePlaced {
+    opened: Arc<Opened>,
+    placed: Placed,
+}
+
+#[pymethods]
+impl TpdeStreamedPatch {
+    /// Brings an authenticated patch's records and tables up to device `ordinal`. The patch is not kept.
+    #[new]
+    fn new(py: Python<'_>, patch: Py<TpdePatch>, ordinal: usize) -> PyResult<Self> {
+        let inner = &patch.get().0;
+        let loaded = py.detach(|| -> Result<_, Error> {
+            let opened = opened(ordinal)?;
+            let streamed = Arc::new(StreamedPatch::load(&opened.decoder, inner)?);
+            Ok((opened, streamed))
+        });
+        let (opened, streamed) = loaded.map_err(|error| error_of(py, &error))?;
+        Ok(Self { opened, streamed })
+    }
+
+    /// Bytes that it takes on the device.
+    #[getter]
+    fn device_bytes(&self) -> usize {
+        self.streamed.device_bytes()
+    }
+
+    /// Which payloads number `entry` of `tensors()` needs: (first byte of the section, bytes).
+    fn payload(&self, entry: usize) -> (u64, u64) {
+        let range = self.streamed.payload(entry);
+        (range.start, range.end - range.start)
+    }
+
+    /// Plans a tensor: its payloads will be at `payload`, what it starts from at `base`, and its (address, bytes) are
+    /// `out`. None where kernels do not decode it.
+    fn place(
+        &self,
+        py: Python<'_>,
+        entry: usize,
+        payload: u64,
+        base: u64,
+        out: (u64, u64),
+    ) -> PyResult<Option<TpdePlaced>> {
+        let place = Place { base, out: out.0, bytes: out.1 };
+        let placed = py.detach(|| self.streamed.place(&self.opened.decoder, entry, place, payload));
+        let placed = placed.map_err(|error| error_of(py, &error))?;
+        Ok(placed.map(|placed| TpdePlaced { opened: Arc::clone(&self.opened), placed }))
+    }
+}
+
+#[pymethods]
+impl TpdePlaced {
+    /// Enqueues its decoding on `stream`, behind which its payloads are in place.
+    fn enqueue(&self, py: Python<'_>, stream: u64) -> PyResult<()> {
+        let enqueued = py.detach(|| -> Result<_, Error> {
+            let stream = self.opened.device.wrap_stream(stream)?;
+            // SAFETY: the Python edge holds the memory at the addresses that it planned with for as long as this
+            // object, and orders the copy of the payloads before and the weights' use behind this on `stream`.
+            unsafe { self.placed.enqueue(&self.opened.decoder, &stream) }
+        });
+        enqueued.map_err(|error| error_of(py, &error))
+    }
+
+    /// Waits for `stream`: how many chunks kernels have left undecoded.
+    fn left(&self, py: Python<'_>, stream: u64) -> PyResult<u32> {
+        let left = py.detach(|| -> Result<_, Error> {
+            let stream = self.opened.device.wrap_stream(stream)?;
+            self.placed.left(&self.opened.decoder, &stream)
+        });
+        left.map_err(|error| error_of(py, &error))
+    }
+
+    /// Bytes that it takes on the device.
+    #[getter]
+    fn device_bytes(&self) -> usize {
+        self.placed.device_bytes()
+    }
+}
+
+/// Zeroed host memory that a CUDA device's copy engines reach directly, given back with this object.
+#[pyclass(frozen, module = "overspill._native")]
+pub struct HostMemory(HostExtent);
+
+#[pymethods]
+impl HostMemory {
+    #[new]
+    fn new(py: Python<'_>, ordinal: usize, bytes: usize) -> PyResult<Self> {
+        let made = py.detach(|| -> Result<_, Error> {
+            Ok(opened(ordinal)?.device.alloc_host(bytes)?.claim(0..bytes)?)
+        });
+        made.map(HostMemory).map_err(|error| error_of(py, &error))
+    }
+
+    /// Address of its first byte.
+    #[getter]
+    fn address(&self) -> u64 {
+        self.0.addr()
+    }
+
+    /// Length in bytes.
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.0.bytes()
     }
 }

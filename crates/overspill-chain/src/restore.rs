@@ -95,7 +95,8 @@ impl Chain {
             let Kind::Plain(dtype) = tensor.kind else {
                 return Err(Error::damaged(patch.path(), "an anchor of a quantized type"));
             };
-            Ok(MemoryTensor { name: tensor.name.clone(), dtype, shape: tensor.shape.clone(), bytes })
+            let kind = Kind::Plain(dtype);
+            Ok(MemoryTensor { name: tensor.name.clone(), kind, shape: tensor.shape.clone(), bytes })
         });
         work(&Checkpoint::from_memory("anchor", tensors.collect::<Result<_>>()?)?)
     }

@@ -85,6 +85,10 @@ impl DeviceTables {
         Ok(DeviceTables { range })
     }
 
+    pub(crate) fn addr(&self) -> u64 {
+        self.range.addr()
+    }
+
     /// Bytes that they take.
     pub fn device_bytes(&self) -> usize {
         self.range.bytes()
@@ -155,7 +159,7 @@ impl Decoder {
         tables: &DeviceTables,
         check: bool,
     ) -> Result<Applied> {
-        let plan = Plan::new(jobs, self.shared.most_bytes);
+        let plan = self.plan(jobs);
         let mut guard = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes = Layout::of(&plan);
         let scratch = match guard.take() {
@@ -176,13 +180,37 @@ impl Decoder {
         // SAFETY: the caller's promise; scratch is held and used by one application at a time.
         let left = unsafe { run.all(&places, check) }?;
         for whole in &plan.whole {
-            let job = &jobs[whole.job];
             // SAFETY: as above.
-            unsafe { self.copy_whole(stream, job) }?;
+            unsafe { self.copy_whole(stream, &WholeCopy::of(&jobs[whole.job])) }?;
         }
         stream.synchronize()?;
         *guard = Some(scratch);
         Ok(Applied { left, host: plan.host, scratch_bytes: bytes.total })
+    }
+
+    /// Enqueues what decodes a plan, once: chunks beyond a block's usual shared memory are noted and left.
+    ///
+    /// # Safety
+    /// As [`Decoder::apply`], until the stream has come past; the status and the bitmap are the plan's own.
+    pub(crate) unsafe fn enqueue(
+        &self,
+        stream: &StreamRef,
+        plan: &Plan,
+        places: &Places,
+        wholes: &[WholeCopy],
+    ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch(stream, plan, places, |family| family != Family::Check, 0) }?;
+        for whole in wholes {
+            // SAFETY: as above.
+            unsafe { self.copy_whole(stream, whole) }?;
+        }
+        Ok(())
+    }
+
+    /// The device that the kernels are on.
+    pub(crate) fn device(&self) -> &Arc<CudaDevice> {
+        &self.device
     }
 
     fn kernel(&self, name: &str) -> &Kernel {
@@ -190,27 +218,82 @@ impl Decoder {
         &found.expect("every kernel of a plan is loaded").1
     }
 
-    unsafe fn copy_whole(&self, stream: &StreamRef, job: &Job<'_>) -> Result<()> {
-        let spec = &job.segment.spec;
-        let bytes = spec.words * spec.dtype.word_bytes();
-        let from = if spec.base == BaseKind::None { 0 } else { job.base };
-        let blocks = bytes.div_ceil(16 * THREADS as usize).clamp(1, 1024) as u32;
-        let args = [Arg::U64(job.out), Arg::U64(from), Arg::U64(bytes as u64)];
+    unsafe fn copy_whole(&self, stream: &StreamRef, whole: &WholeCopy) -> Result<()> {
+        let blocks = whole.bytes.div_ceil(16 * u64::from(THREADS)).clamp(1, 1024) as u32;
+        let args = [whole.out, whole.from, whole.bytes].map(Arg::U64);
         // SAFETY: the kernel's arguments; the memory is the caller's promise.
         Ok(unsafe { self.kernel("tpde_whole").launch(&**stream, Shape::linear(blocks, THREADS), &args) }?)
     }
+
+    unsafe fn launch(
+        &self,
+        stream: &StreamRef,
+        plan: &Plan,
+        places: &Places,
+        which: impl Fn(Family) -> bool,
+        only: u64,
+    ) -> Result<()> {
+        // What a second round is given is what the usual amount did not hold.
+        let sparse_bytes = if only == 0 { self.shared.usual_bytes } else { self.shared.most_bytes };
+        for launch in plan.launches.iter().filter(|launch| which(launch.family)) {
+            let capacity = sparse_capacity(sparse_bytes, launch.word_bytes.max(1));
+            let shared_bytes = match launch.family {
+                Family::Sparse => capacity * (4 + launch.word_bytes),
+                _ => launch.shared_bytes,
+            };
+            let shape = Shape { shared_bytes, ..Shape::linear(launch.blocks, launch.threads) };
+            let args: Vec<Arg> = launch.arguments(places, capacity, only);
+            // SAFETY: the arguments are the kernel's; the memory is the caller's promise.
+            unsafe { self.kernel(&launch.kernel).launch(&**stream, shape, &args) }?;
+        }
+        Ok(())
+    }
+
+    /// A plan for this device.
+    pub(crate) fn plan(&self, jobs: &[Job<'_>]) -> Plan {
+        Plan::new(jobs, self.shared.most_bytes)
+    }
 }
 
-/// Offsets in the scratch memory.
-struct Layout {
-    status: usize,
-    first_bitmap: usize,
+/// A segment without chunks: addresses of its words and of what they are a copy of (0: zeros).
+pub(crate) struct WholeCopy {
+    out: u64,
+    from: u64,
+    bytes: u64,
+}
+
+impl WholeCopy {
+    pub(crate) fn of(job: &Job<'_>) -> Self {
+        let spec = &job.segment.spec;
+        let from = if spec.base == BaseKind::None { 0 } else { job.base };
+        WholeCopy { out: job.out, from, bytes: (spec.words * spec.dtype.word_bytes()) as u64 }
+    }
+}
+
+/// What a kernel's status says: chunks that were left, or what is wrong and in which chunk.
+pub(crate) fn left_over(status: &[u8], plan: &Plan) -> Result<u32> {
+    let field = |i: usize| u32::from_le_bytes([0, 1, 2, 3].map(|b| status[4 * i + b]));
+    let why = match field(0) {
+        0 => return Ok(field(2)),
+        14 => "the payload's check is not its record's",
+        1 => "reserved mode",
+        13 => "a change beyond its class",
+        _ => "a payload that no encoder writes",
+    };
+    let LeftChunk { job, chunk } = plan.chunk(field(1));
+    Err(Error::Malformed { job, chunk, why })
+}
+
+/// Offsets in the scratch memory, which starts with the plan's segments.
+pub(crate) struct Layout {
+    pub(crate) status: usize,
+    pub(crate) first_bitmap: usize,
     second_bitmap: usize,
-    total: usize,
+    pub(crate) total: usize,
 }
 
 impl Layout {
-    fn of(plan: &Plan) -> Self {
+    pub(crate) fn of(plan: &Plan) -> Self {
         let status = plan.segments.len().next_multiple_of(16);
         let first_bitmap = status + 16;
         let second_bitmap = first_bitmap + plan.bitmap_bytes();
@@ -229,46 +312,29 @@ struct Run<'a> {
 
 impl Run<'_> {
     unsafe fn all(&self, places: &Places, check: bool) -> Result<Vec<LeftChunk>> {
-        let shared = self.decoder.shared;
         if check {
             // SAFETY: the caller's promise.
-            unsafe { self.launch(places, |family| family == Family::Check, shared.usual_bytes, 0) }?;
+            unsafe { self.launch(places, |family| family == Family::Check, 0) }?;
             self.left_over()?;
         }
         // SAFETY: as above.
-        unsafe { self.launch(places, |family| family != Family::Check, shared.usual_bytes, 0) }?;
+        unsafe { self.launch(places, |family| family != Family::Check, 0) }?;
         if self.left_over()? == 0 {
             return Ok(Vec::new());
         }
         let first = self.bitmap(self.bytes.first_bitmap)?;
         let second = Places { bitmap: self.scratch.addr() + self.bytes.second_bitmap as u64, ..*places };
         // SAFETY: as above.
-        unsafe { self.launch(&second, |family| family == Family::Sparse, shared.most_bytes, places.bitmap) }?;
+        unsafe { self.launch(&second, |family| family == Family::Sparse, places.bitmap) }?;
         self.left_over()?;
         // What the sparse kernel left it has now tried with all of the shared memory.
         let again = self.bitmap(self.bytes.second_bitmap)?;
         Ok(self.plan.left(&first, &again))
     }
 
-    unsafe fn launch(
-        &self,
-        places: &Places,
-        which: impl Fn(Family) -> bool,
-        sparse_bytes: u32,
-        only: u64,
-    ) -> Result<()> {
-        for launch in self.plan.launches.iter().filter(|launch| which(launch.family)) {
-            let capacity = sparse_capacity(sparse_bytes, launch.word_bytes.max(1));
-            let shared_bytes = match launch.family {
-                Family::Sparse => capacity * (4 + launch.word_bytes),
-                _ => launch.shared_bytes,
-            };
-            let shape = Shape { shared_bytes, ..Shape::linear(launch.blocks, launch.threads) };
-            let args: Vec<Arg> = launch.arguments(places, capacity, only);
-            // SAFETY: the arguments are the kernel's; the memory is the caller's promise.
-            unsafe { self.decoder.kernel(&launch.kernel).launch(&**self.stream, shape, &args) }?;
-        }
-        Ok(())
+    unsafe fn launch(&self, places: &Places, which: impl Fn(Family) -> bool, only: u64) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.decoder.launch(self.stream, self.plan, places, which, only) }
     }
 
     /// Waits; how many chunks were left, or what is wrong.
@@ -276,16 +342,7 @@ impl Run<'_> {
         self.stream.synchronize()?;
         let status =
             self.decoder.device.read(&self.scratch.slice(self.bytes.status..self.bytes.status + 16)?)?;
-        let field = |i: usize| u32::from_le_bytes([0, 1, 2, 3].map(|b| status[4 * i + b]));
-        let why = match field(0) {
-            0 => return Ok(field(2)),
-            14 => "the payload's check is not its record's",
-            1 => "reserved mode",
-            13 => "a change beyond its class",
-            _ => "a payload that no encoder writes",
-        };
-        let LeftChunk { job, chunk } = self.plan.chunk(field(1));
-        Err(Error::Malformed { job, chunk, why })
+        left_over(&status, self.plan)
     }
 
     fn bitmap(&self, at: usize) -> Result<Vec<u8>> {

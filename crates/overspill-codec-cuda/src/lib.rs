@@ -5,14 +5,17 @@
 //! kernels (`overspill-device/src/kernels/tpde*`), one launch for each mode and word size; [`Decoder`] runs it.
 //! What the kernels do not hold (mode elias-zstd, words of 64 bits, chunks beyond a block's shared memory) comes
 //! back as a list of chunks for the reference decoder. [`DevicePatch`] is a patch in device
-//! memory, whose chunks of that kind it decodes itself. Callers bring addresses.
+//! memory, whose chunks of that kind it decodes itself; of a [`StreamedPatch`] only records and tables are there, and
+//! payloads pass through. Callers bring addresses.
 
 mod decoder;
 mod link;
 pub mod plan;
 mod resident;
+mod streamed;
 
 pub use decoder::{Applied, Decoder, DeviceTables, Error, Result};
 pub use link::{LinkCodec, LinkPlaces};
 pub use plan::{Job, LeftChunk, Plan};
 pub use resident::{DevicePatch, Place};
+pub use streamed::{Placed, StreamedPatch};

@@ -33,19 +33,69 @@ pub struct Place {
 /// A patch's payloads, records and tables on a device.
 pub struct DevicePatch {
     device: Arc<CudaDevice>,
-    segments: Vec<Part>,
-    tables: DeviceTables,
+    parts: Parts,
     blob: DeviceRange,
+}
+
+/// A patch's records and tables on a device, and its segments.
+pub(crate) struct Parts {
+    pub(crate) segments: Vec<Part>,
+    pub(crate) tables: DeviceTables,
     index: DeviceRange,
 }
 
 /// One segment.
-struct Part {
+pub(crate) struct Part {
     flat: FlatSegment,
     /// Its tensor, as an index of the manifest's entries.
-    entry: usize,
-    blob_start: u64,
+    pub(crate) entry: usize,
+    pub(crate) blob_start: u64,
+    pub(crate) blob_bytes: usize,
     index_start: usize,
+}
+
+// Kernels read whole 32-bit words around a payload's ends.
+pub(crate) fn room_for(device: &CudaDevice, bytes: u64) -> overspill_device::Result<DeviceRange> {
+    device.alloc_device((bytes as usize).next_multiple_of(256).max(256))
+}
+
+impl Parts {
+    pub(crate) fn load(device: &CudaDevice, patch: &Patch<'_>) -> Result<Self> {
+        let mut tables = FlatTables::new();
+        let mut segments = Vec::new();
+        for part in patch.segment_parts() {
+            let (mut heads, mut index) = (part.heads, part.index);
+            let flat = tables.take(part.spec, &mut heads, &mut index)?;
+            let index_start = patch.index().len() - part.index.len();
+            let (blob_start, blob_bytes) = (part.blob_start, part.blob_bytes);
+            segments.push(Part { flat, entry: part.entry, blob_start, blob_bytes, index_start });
+        }
+        let index = room_for(device, patch.index().len() as u64)?;
+        if !patch.index().is_empty() {
+            device.write(&index.slice(0..patch.index().len())?, patch.index())?;
+        }
+        Ok(Parts { segments, tables: DeviceTables::load(device, &tables)?, index })
+    }
+
+    pub(crate) fn device_bytes(&self) -> usize {
+        self.index.bytes() + self.tables.device_bytes()
+    }
+
+    /// The job that decodes a segment whose payloads start at `blob`.
+    pub(crate) fn job<'s>(&self, part: &'s Part, place: &Place, blob: u64) -> Job<'s> {
+        let (spec, word_bytes) = (&part.flat.spec, part.flat.spec.dtype.word_bytes() as u64);
+        let base_bytes = match spec.base {
+            BaseKind::Quantized(layout) => spec.first_word / 32 * layout.block_bytes() as u64,
+            _ => spec.first_word * word_bytes,
+        };
+        Job {
+            segment: &part.flat,
+            base: place.base + base_bytes,
+            out: place.out + spec.first_word * word_bytes,
+            blob,
+            index: self.index.addr() + part.index_start as u64,
+        }
+    }
 }
 
 impl DevicePatch {
@@ -54,17 +104,8 @@ impl DevicePatch {
     /// # Errors
     /// A patch that cannot be read, or a device without room for it.
     pub fn load(device: &Arc<CudaDevice>, patch: &Patch<'_>) -> Result<Self> {
-        let mut tables = FlatTables::new();
-        let mut segments = Vec::new();
-        for part in patch.segment_parts() {
-            let (mut heads, mut index) = (part.heads, part.index);
-            let flat = tables.take(part.spec, &mut heads, &mut index)?;
-            let index_start = patch.index().len() - part.index.len();
-            segments.push(Part { flat, entry: part.entry, blob_start: part.blob_start, index_start });
-        }
-        // Kernels read whole 32-bit words around a payload's ends.
-        let room = |bytes: u64| device.alloc_device((bytes as usize).next_multiple_of(256).max(256));
-        let (blob, index) = (room(patch.blob_bytes())?, room(patch.index().len() as u64)?);
+        let parts = Parts::load(device, patch)?;
+        let blob = room_for(device, patch.blob_bytes())?;
         let mut scratch = Vec::new();
         let mut at = 0;
         while at < patch.blob_bytes() {
@@ -73,16 +114,12 @@ impl DevicePatch {
             device.write(&blob.slice(at as usize..at as usize + bytes)?, piece)?;
             at += bytes as u64;
         }
-        if !patch.index().is_empty() {
-            device.write(&index.slice(0..patch.index().len())?, patch.index())?;
-        }
-        let tables = DeviceTables::load(device, &tables)?;
-        Ok(DevicePatch { device: Arc::clone(device), segments, tables, blob, index })
+        Ok(DevicePatch { device: Arc::clone(device), parts, blob })
     }
 
     /// Bytes that it takes on the device.
     pub fn device_bytes(&self) -> usize {
-        self.blob.bytes() + self.index.bytes() + self.tables.device_bytes()
+        self.blob.bytes() + self.parts.device_bytes()
     }
 
     /// Applies it: `places` has one for each entry of the manifest. Waits until it is done. `patch` is the one that
@@ -104,14 +141,18 @@ impl DevicePatch {
         let entries = patch.manifest().entries();
         let fits = entries.len() == places.len()
             && entries.iter().zip(places).all(|(entry, place)| entry.tensor.bytes == place.bytes);
-        if !fits || patch.segment_parts().len() != self.segments.len() {
+        if !fits || patch.segment_parts().len() != self.parts.segments.len() {
             return Err(Error::Places { tensors: entries.len(), places: places.len() });
         }
-        let numbered = self.segments.iter().enumerate().filter(|(_, part)| places[part.entry].out != 0);
-        let (numbers, jobs): (Vec<usize>, Vec<Job<'_>>) =
-            numbered.map(|(number, part)| (number, self.job(part, &places[part.entry]))).unzip();
+        let numbered = self.parts.segments.iter().enumerate().filter(|(_, part)| places[part.entry].out != 0);
+        let (numbers, jobs): (Vec<usize>, Vec<Job<'_>>) = numbered
+            .map(|(number, part)| {
+                let blob = self.blob.addr() + part.blob_start;
+                (number, self.parts.job(part, &places[part.entry], blob))
+            })
+            .unzip();
         // SAFETY: the caller's promise; blob, index and tables are ours.
-        let applied = unsafe { decoder.apply(stream, &jobs, &self.tables, false) }?;
+        let applied = unsafe { decoder.apply(stream, &jobs, &self.parts.tables, false) }?;
         for left in &applied.left {
             // SAFETY: as above.
             unsafe { self.finish(patch, numbers[left.job], &jobs[left.job], left.chunk as usize) }?;
@@ -123,21 +164,6 @@ impl DevicePatch {
             }
         }
         Ok(applied)
-    }
-
-    fn job<'s>(&self, part: &'s Part, place: &Place) -> Job<'s> {
-        let (spec, word_bytes) = (&part.flat.spec, part.flat.spec.dtype.word_bytes() as u64);
-        let base_bytes = match spec.base {
-            BaseKind::Quantized(layout) => spec.first_word / 32 * layout.block_bytes() as u64,
-            _ => spec.first_word * word_bytes,
-        };
-        Job {
-            segment: &part.flat,
-            base: place.base + base_bytes,
-            out: place.out + spec.first_word * word_bytes,
-            blob: self.blob.addr() + part.blob_start,
-            index: self.index.addr() + part.index_start as u64,
-        }
     }
 
     /// Decodes on the host what the kernels left: base down, words up.

@@ -63,6 +63,13 @@ impl Kind {
         }
     }
 
+    /// The kind of that [`Kind::name`].
+    pub fn from_name(name: &str) -> Option<Kind> {
+        let layouts = [QuantLayout::Q4_0, QuantLayout::Q4_1, QuantLayout::Q8_0];
+        let quantized = layouts.map(Kind::Quantized).into_iter().find(|kind| kind.name() == name);
+        quantized.or_else(|| Dtype::from_name(name).map(Kind::Plain))
+    }
+
     /// Name for people: the safetensors dtype or the GGUF type.
     pub fn name(self) -> &'static str {
         match self {
@@ -179,8 +186,8 @@ pub struct Checkpoint<'a> {
 pub struct MemoryTensor<'a> {
     /// Its name.
     pub name: String,
-    /// Element type.
-    pub dtype: Dtype,
+    /// What its bytes are; only a base may be quantized.
+    pub kind: Kind,
     /// Elements along each dimension.
     pub shape: Vec<u64>,
     /// Its bytes, contiguous, row-major, little endian.
@@ -275,7 +282,7 @@ impl<'a> Checkpoint<'a> {
         let path = Path::new(label);
         let (mut stores, mut described) = (Vec::new(), Vec::new());
         for (store, tensor) in tensors.into_iter().enumerate() {
-            let kind = Kind::Plain(tensor.dtype);
+            let kind = tensor.kind;
             if kind.tensor_bytes(&tensor.shape) != Some(tensor.bytes.len() as u64) {
                 let cause =
                     format!("{} bytes are not {} of {:?}", tensor.bytes.len(), kind.name(), tensor.shape);

@@ -73,21 +73,21 @@ fn cut<'s>(patch: &'s Patch<'_>, tensors: Vec<Option<&'s mut [u8]>>) -> Result<V
     Ok(slots)
 }
 
-/// Compares a patch with its hash, for weights that are to be written where they lie.
+/// Whether a patch's tensors may be made where their base lies.
 ///
 /// # Errors
-/// A damaged patch, a tensor whose base is quantized.
-pub fn authenticate(patch: &Patch<'_>, options: &Options) -> Result<()> {
-    authenticated(patch, options).map(|_| ())
+/// A tensor whose base is quantized, and so of another size.
+pub fn expect_in_place(patch: &Patch<'_>) -> Result<()> {
+    let quantized =
+        patch.manifest().entries().iter().find(|entry| matches!(entry.base, BaseKind::Quantized(_)));
+    quantized.map_or(Ok(()), |entry| {
+        let why = "a quantized base cannot be patched in place";
+        Err(Error::tensor(patch.path(), &entry.tensor.name, None, why))
+    })
 }
 
 fn authenticated(patch: &Patch<'_>, options: &Options) -> Result<Workers> {
-    let quantized =
-        patch.manifest().entries().iter().find(|entry| matches!(entry.base, BaseKind::Quantized(_)));
-    if let Some(entry) = quantized {
-        let why = "a quantized base cannot be patched in place";
-        return Err(Error::tensor(patch.path(), &entry.tensor.name, None, why));
-    }
+    expect_in_place(patch)?;
     let workers = Workers::new(options, patch.largest_segment_bytes())?;
     patch.authenticate(&workers)?;
     Ok(workers)

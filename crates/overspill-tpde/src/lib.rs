@@ -7,6 +7,7 @@
 //! | [`state`] | content ids of states |
 //! | [`container`] | the `.tpde` file: a safetensors file of four sections |
 //! | [`pack`], [`apply`], [`flatten`], [`apply_in_place`], [`verify`], [`inspect`], [`diff`] | the operations |
+//! | [`decode_tensor`], [`quantize`] | one tensor of a patch at a time; 4-bit bases |
 //!
 //! The codec itself is `overspill-codec`; this crate owns files, memory bounds, threads and authentication.
 //! Every operation streams by segment and keeps within [`Options::memory_bytes`]. Outputs are written beside
@@ -28,6 +29,7 @@ mod pack;
 mod safetensors;
 pub mod state;
 mod store;
+mod tensor;
 mod verify;
 mod work;
 
@@ -37,12 +39,13 @@ pub use container::{Patch, PatchType};
 pub use diff::{Change, Diff, TensorDiff, diff};
 pub use error::Error;
 pub use flatten::flatten;
-pub use in_place::{SegmentParts, apply_in_place, authenticate, expect_base};
+pub use in_place::{SegmentParts, apply_in_place, expect_base, expect_in_place};
 pub use inspect::{Inspection, TensorReport, inspect, mode_names};
 pub use manifest::{Entry, Manifest};
-pub use overspill_codec::{CodecChoice, Dtype};
+pub use overspill_codec::{BaseKind, CodecChoice, Dtype, QuantLayout};
 pub use pack::{PackOptions, PackReport, pack, pack_to_vec};
 pub use state::{StateId, state_id};
+pub use tensor::{authenticate, decode_tensor, dequantize, quantize};
 pub use verify::{Verification, verify};
 pub use work::{Options, Progress};
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use overspill_tpde::checkpoint::MemoryTensor;
-use overspill_tpde::{Checkpoint, Dtype, Options};
+use overspill_tpde::{Checkpoint, Kind, Options};
 
 /// One thread, no more memory than small states need.
 pub const OPTIONS: Options = Options { memory_bytes: 64 << 20, threads: 1 };
@@ -39,7 +39,7 @@ impl State {
     pub fn checkpoint(&self) -> Checkpoint<'_> {
         let tensors = self.tensors.iter().map(|(name, bytes)| MemoryTensor {
             name: name.clone(),
-            dtype: Dtype::from_name("BF16").expect("known"),
+            kind: Kind::from_name("BF16").expect("known"),
             shape: vec![bytes.len() as u64 / 2],
             bytes,
         });

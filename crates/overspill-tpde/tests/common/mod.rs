@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use overspill_tpde::checkpoint::MemoryTensor;
-use overspill_tpde::{Checkpoint, Dtype, PackOptions, Patch, apply_into, pack_to_vec};
+use overspill_tpde::{Checkpoint, Dtype, Kind, PackOptions, Patch, apply_into, pack_to_vec};
 
 /// A named tensor that owns its bytes.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -23,7 +23,7 @@ pub fn owned(name: &str, dtype: Dtype, shape: &[u64], bytes: Vec<u8>) -> Owned {
 pub fn checkpoint(state: &State) -> Checkpoint<'_> {
     let tensors = state.iter().map(|t| MemoryTensor {
         name: t.name.clone(),
-        dtype: t.dtype,
+        kind: Kind::Plain(t.dtype),
         shape: t.shape.clone(),
         bytes: &t.bytes,
     });
