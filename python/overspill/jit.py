@@ -53,31 +53,38 @@ class JITCompressedLinear(torch.nn.Module):
 
     Args:
         patch: of one tensor, ``weight``, of shape ``(out, in)``.
-        base: the tensor that the patch starts from, resident where the layer computes; None if it stands alone.
+        base: what the patch starts from, resident where the layer computes: a tensor, or 4- or 8-bit blocks
+            (:func:`overspill.tpde.quantize`), from which the exact weight is made all the same; None if it stands alone.
         bias: as in ``torch.nn.Linear``.
     """
 
     base: torch.Tensor | None
 
     def __init__(
-        self, patch: bytes, base: torch.Tensor | None = None, bias: torch.nn.Parameter | None = None
+        self,
+        patch: bytes,
+        base: torch.Tensor | tpde.Quantized | None = None,
+        bias: torch.nn.Parameter | None = None,
     ) -> None:
         super().__init__()
-        self.register_buffer("base", base)
+        self._blocks = None if not isinstance(base, tpde.Quantized) else (base.layout, base.dtype, base.shape)
+        self.register_buffer("base", base.blocks if isinstance(base, tpde.Quantized) else base)
         self.register_parameter("bias", bias)
         self._ahead: list[Future[tuple[torch.device, Any]]] = []
         self._next: list[JITCompressedLinear] = []  # in a list, so that it is no submodule
         self._open(patch)
 
     @classmethod
-    def from_linear(cls, linear: torch.nn.Linear, base: torch.Tensor | None = None) -> JITCompressedLinear:
+    def from_linear(
+        cls, linear: torch.nn.Linear, base: torch.Tensor | tpde.Quantized | None = None
+    ) -> JITCompressedLinear:
         """Packs a layer's weight against ``base``, of the same shape and dtype, or alone."""
         weight = linear.weight.detach()
-        if base is not None and (base.shape != weight.shape or base.dtype != weight.dtype):
+        if base is not None and (tuple(base.shape) != tuple(weight.shape) or base.dtype != weight.dtype):
             raise ValueError(
                 f"a base of {base.dtype} {tuple(base.shape)} for {weight.dtype} {tuple(weight.shape)}"
             )
-        kept = None if base is None else base.detach().contiguous()
+        kept = base.detach().contiguous() if isinstance(base, torch.Tensor) else base
         packed = tpde.pack(None if kept is None else {"weight": kept}, {"weight": weight})
         assert packed.data is not None
         return cls(packed.data, kept, linear.bias)
@@ -134,8 +141,11 @@ class JITCompressedLinear(torch.nn.Module):
         if device.type == "cuda":
             return device, tpde.DevicePatch(self._patch, device)
         base = self._checked_base(device)
-        state = None if base is None else {"weight": base}
+        state = None if base is None else {"weight": self._described(base)}
         return device, self._patch.apply(state, base_id=self._patch.base_id, threads=1)["weight"]
+
+    def _described(self, base: torch.Tensor) -> Any:
+        return base if self._blocks is None else tpde.Quantized(*self._blocks, base)
 
     def _prepare_next(self, device: torch.device) -> None:
         for layer in self._next:
@@ -155,7 +165,7 @@ class JITCompressedLinear(torch.nn.Module):
             raise ValueError(f"the base is on {self.base.device}, the input on {device}")
         found = (self.base.data_ptr(), self.base._version, self.base.dtype)
         if found != self._known_base:
-            state = tpde.state_id({"weight": self.base})
+            state = tpde.state_id({"weight": self._described(self.base)})
             if state != self._patch.base_id:
                 raise FormatError(
                     "wrong base for a packed weight", expected_state=self._patch.base_id, found_state=state

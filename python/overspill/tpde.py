@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,6 +66,8 @@ StateDict = Mapping[str, Any]
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), from any thread."""
 Framework = Literal["torch", "numpy"]
+Changes = tuple[str, Any, Any]
+"""A tensor's name, positions in it, and the words there."""
 
 _RawTensor = tuple[str, str, list[int], int, int]
 
@@ -238,7 +240,7 @@ def _apart(outs: list[tuple[int, int]], base: _Source) -> None:
             end_written = max(end_written, address + size)
 
 
-def _written(tensor: Any) -> None:
+def written(tensor: Any) -> None:
     """Tells autograd that a tensor was written behind its back."""
     import torch
 
@@ -311,6 +313,44 @@ class Patch:
         start = (0, 0) if held is None else (held.data_ptr(), held.nbytes)
         self._native.decode_tensor(entry, start, (out.data_ptr(), out.nbytes), DEFAULT_MEMORY_BYTES, threads)
 
+    def changes(self, device: Any = "cpu", names: Collection[str] | None = None) -> Iterator[Changes]:
+        """What an absolute patch writes: (name, positions in the flattened tensor, words), on ``device``.
+
+        Words are integers of the tensor's width. ``names`` leaves other tensors out. The patch must be authentic.
+        Nothing of the weights is needed: what two opposite bases agree on after decoding is what the patch wrote.
+        """
+        import torch
+
+        if self.kind != "absolute":
+            raise ValueError(f"a {self.kind} patch holds no positions")
+        on = torch.device(device)
+        chosen = [(i, name, info) for i, (name, info) in enumerate(self.tensors.items())]
+        for entry, name, info in chosen:
+            if (names is not None and name not in names) or info.bytes == 0:
+                continue
+            width = getattr(torch, _TORCH_NAMES[info.dtype]).itemsize
+            word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
+            one, other = (self._over(entry, info.bytes, fill, on).view(word) for fill in (0, 255))
+            positions = (one == other).nonzero().flatten()
+            yield name, positions, one[positions]
+
+    def _over(self, entry: int, nbytes: int, fill: int, device: Any) -> Any:
+        """Number ``entry`` decoded over bytes that are all ``fill``."""
+        import torch
+
+        made = torch.full((nbytes,), fill, dtype=torch.uint8, device=device)
+        if made.device.type == "cpu":
+            base = made if self._native.bases()[entry] != "none" else None
+            self.decode_into(entry, base, out := torch.empty_like(made))
+            return out
+        places = [(0, 0, info.bytes) for info in self.tensors.values()]
+        places[entry] = (made.data_ptr(), made.data_ptr(), nbytes)
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream().cuda_stream
+            on_device = self._on_device(_ordinal(device), DEFAULT_MEMORY_BYTES, 0)
+            on_device.apply(places, stream, base_id=self.base_id)
+        return made
+
     def inspect(self, *, memory_bytes: int = DEFAULT_MEMORY_BYTES, threads: int = 0) -> dict[str, Any]:
         """Raw and packed bytes, ratio, changed share and modes, by tensor and in all."""
         return json.loads(self._native.inspect(memory_bytes, threads))
@@ -359,7 +399,7 @@ class Patch:
         self._native.apply_into(source.native, outs, base_id=base_id, **limits, progress=progress)
         if into is not None:
             for tensor in state.values():
-                _written(tensor)
+                written(tensor)
             if not isinstance(into, Mapping):
                 setattr(into, _STATE, self.final_id)
         return state
@@ -406,7 +446,7 @@ class Patch:
             limits = {"memory_bytes": memory_bytes, "threads": threads}
             made = self._native.apply_in_place(addresses, base_id=known, **limits)
         for tensor in tensors.values():
-            _written(tensor)
+            written(tensor)
         if not isinstance(target, Mapping):
             setattr(target, _STATE, made)
         return made

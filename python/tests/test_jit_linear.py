@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from overspill import FormatError, JITCompressedLinear
+from overspill import FormatError, JITCompressedLinear, tpde
 
 DEVICES = [
     "cpu",
@@ -43,6 +43,37 @@ def test_outputs_and_gradients_are_the_layers(device: str, has_base: bool, bias:
     for ours, theirs in zip(grads[1], grads[0], strict=True):
         assert theirs is None or torch.equal(ours, theirs)
     assert torch.equal(packed.weight(x.device), plain.weight)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_base_in_blocks_gives_the_exact_weight(device: str, layout: str, dtype: torch.dtype) -> None:
+    plain = linear(5, device).to(dtype)
+    base = tpde.quantize(plain.weight, layout)  # type: ignore[arg-type]
+    assert base.blocks.nbytes < plain.weight.nbytes * 0.6
+    assert not torch.equal(base.dequantize(), plain.weight.cpu())
+    packed = JITCompressedLinear.from_linear(plain, base)
+    x = torch.randn(3, 192, device=device, dtype=dtype)
+    with torch.no_grad():
+        assert torch.equal(packed.weight(x.device), plain.weight)
+        assert torch.equal(packed(x), plain(x))
+        packed.base[3] ^= 1
+        with pytest.raises(FormatError, match="wrong base"):
+            packed(x)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float32])
+def test_bases_of_every_width_give_the_exact_weight(device: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(6)
+    old = torch.randn(160, 192)
+    new = torch.where(torch.rand(old.shape) < 0.1, old * 1.2, old).to(dtype)
+    patch = tpde.open(tpde.pack({"weight": old.to(dtype)}, {"weight": new}).data)
+    target = {"weight": old.to(dtype).to(device)}
+    patch.apply_(target)
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    assert torch.equal(target["weight"].cpu().view(integer), new.view(integer))
 
 
 @pytest.mark.parametrize("device", DEVICES)
