@@ -154,7 +154,7 @@ class Repeated(_stream.Streamed):
 
 def stream_repeated(model: LlamaForCausalLM, drawn_layers: int, budget: int, **options: Any) -> Repeated:
     Repeated.drawn_layers, Repeated.known = drawn_layers, {}
-    defaults = {"patch": None, "base": None, "device": DEVICE, "packed": True}
+    defaults = {"patch": None, "base": None, "device": DEVICE, "packed": True, "reserve": None}
     return Repeated(model, budget, **{**defaults, **options})
 
 
@@ -261,7 +261,7 @@ def part_q4(layers: int, link: float) -> None:
         f"weight bit-identical: {found['q4'][0]}"
     )
     facts = {"peer": "raw copies, the same engine, s", "peer_value": seconds_of["raw"]}
-    ratio = seconds_of["raw"] / seconds_of["q4"] * found["raw"][2]["raw_bytes"] / found["raw"][1]
+    ratio = seconds_of["raw"] / seconds_of["q4"]
     add(
         "tpde.q4.link_over_raw", ratio, "x", limit=f"link {link:.1f} GB/s in the same run", note=note, **facts
     )

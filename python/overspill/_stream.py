@@ -411,6 +411,8 @@ class _OnCuda:
     def __init__(self, owner: Streamed) -> None:
         self._units, self._counts, self._device = owner._units, owner._counts, owner.device
         self._copies = torch.cuda.Stream(self._device)
+        # What the allocator gives may still be in use by what was enqueued before.
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))
         tables = {id(w.streamed): w.streamed for unit in self._units for w in unit.weights if w.streamed}
         held = torch.cuda.memory_allocated(self._device) + sum(t.device_bytes for t in tables.values())
         held += owner._reserve_bytes

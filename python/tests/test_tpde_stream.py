@@ -65,7 +65,8 @@ def test_logits_and_tokens_are_the_models(device: str, count: int, kind: str) ->
         base = {name: tpde.quantize(p) for name, p in plain.named_parameters() if p.dim() == 2}
     if base is not None:
         count += 3_000_000  # bases are resident
-    handle = tpde.stream(streamed, budget(device, count), device=device, base=base, packed=kind != "raw")
+    options = {"device": device, "base": base, "packed": kind != "raw", "reserve": 60_000}
+    handle = tpde.stream(streamed, budget(device, count), **options)
     plain.to(device)
     assert torch.equal(logits(streamed, device), logits(plain, device))
     assert torch.equal(tokens(streamed, device), tokens(plain, device))
@@ -87,7 +88,7 @@ def test_a_patch_on_disk_fills_a_model_that_has_no_weights(device: str, tmp_path
         empty = llama(torch.bfloat16)
     # What no checkpoint holds (the rotary frequencies) comes with the configuration.
     empty.model.rotary_emb = copy.deepcopy(plain.model.rotary_emb)
-    tpde.stream(empty, budget(device, SMALL), device=device, patch=tmp_path / "model.tpde")
+    tpde.stream(empty, budget(device, SMALL), device=device, reserve=60_000, patch=tmp_path / "model.tpde")
     assert torch.equal(logits(empty, device), logits(plain.to(device), device))
 
 
@@ -95,7 +96,7 @@ def test_a_patch_on_disk_fills_a_model_that_has_no_weights(device: str, tmp_path
 def test_layers_in_any_order(device: str) -> None:
     plain = torch.nn.ModuleList(torch.nn.Linear(160, 160) for _ in range(7)).requires_grad_(False)
     streamed = copy.deepcopy(plain)
-    handle = tpde.stream(streamed, budget(device, 400_000), device=device)
+    handle = tpde.stream(streamed, budget(device, 400_000), device=device, reserve=30_000)
     plain.to(device)
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(4, 160, generator=generator).to(device)
