@@ -46,9 +46,12 @@ def main() -> int:
     keep_all = _run(out, {**common, **first})
     demand = keep_all["os_peak_bytes"] - keep_all["os_start_bytes"]
     budget = int(demand * options.share)
-    second = {"name": "storm", "budget_bytes": budget, "repeat_first": False, "save_to": None}
+    # A GPU's driver also counts what PyTorch's allocator rounds up and keeps, and kernels loaded later: 4 % of
+    # the budget on an H200. STORM counts tensors.
+    allowed = budget if device == "cpu" else budget * 9 // 10
+    second = {"name": "storm", "budget_bytes": allowed, "repeat_first": False, "save_to": None}
     storm = _run(out, {**common, **second})
-    report = _report(keep_all, storm, demand, budget, device)
+    report = _report(keep_all, storm, demand, (budget, allowed), device)
     files = [states / f"step-{step}.safetensors" for step in range(options.steps + 1)]
     report |= keep_in_chain(files, out / "chain")
     shutil.rmtree(states)
@@ -80,7 +83,7 @@ def _run(out: Path, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _report(
-    keep_all: dict[str, Any], storm: dict[str, Any], demand: int, budget: int, device: str
+    keep_all: dict[str, Any], storm: dict[str, Any], demand: int, budgets: tuple[int, int], device: str
 ) -> dict[str, Any]:
     same = ("loss_hex", "gradients")
     pairs = list(zip(keep_all["steps"], storm["steps"], strict=True))
@@ -88,10 +91,12 @@ def _report(
     repeats = all(keep_all["repeated"][key] == keep_all["steps"][0][key] for key in same)
     flows = storm["storm"]["flows"]
     peak = storm["os_peak_bytes"] - storm["os_start_bytes"]
+    budget, allowed = budgets
     within = peak <= budget
     return {
         "storm.demand_bytes": demand,
         "storm.budget_bytes": budget,
+        "storm.allowed_bytes": allowed,
         "storm.peak_device_bytes": storm["storm"]["peak_bytes"] - storm["held_before_bytes"],
         "storm.os_growth_bytes": peak,
         "storm.os_peak_bytes_baseline": keep_all["os_peak_bytes"],
@@ -123,6 +128,7 @@ def _print_table(report: dict[str, Any]) -> None:
         ("", "keep-all", "storm"),
         ("memory for training (OS)", size("demand_bytes"), size("os_growth_bytes")),
         ("  budget", "none", size("budget_bytes")),
+        ("  of it for tensors", "", size("allowed_bytes")),
         ("  overspill's own count", "", size("peak_device_bytes")),
         ("process peak (OS)", size("os_peak_bytes_baseline"), size("os_peak_bytes_storm")),
         ("offloaded", "0 B", size("offloaded_bytes")),
