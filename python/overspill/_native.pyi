@@ -99,6 +99,10 @@ class DjinnPool:
         """
         Adds a session from a file; the record that was saved with it.
         """
+    def log_swaps(self, /, open: bool) -> None:
+        """
+        Begins or ends a log of every swap.
+        """
     def park(self, /, id: SupportsIndex, pause: SupportsIndex | None, stream: SupportsIndex) -> None:
         """
         Ends the forward, or stands still after layer `pause`.
@@ -140,6 +144,10 @@ class DjinnPool:
     def spill(self, /, id: SupportsIndex) -> None:
         """
         Writes the host copy to disk.
+        """
+    def swaps_json(self, /) -> str:
+        """
+        What the log has since it was last asked for, as a JSON list; waits for copies that still run.
         """
     def tokens(self, /, id: SupportsIndex) -> list[int]:
         """

@@ -216,6 +216,16 @@ impl DjinnPool {
         self.with(py, |pool| pool.reserve_host())
     }
 
+    /// Begins or ends a log of every swap.
+    fn log_swaps(&self, open: bool) {
+        self.lock().log_swaps(open);
+    }
+
+    /// What the log has since it was last asked for, as a JSON list; waits for copies that still run.
+    fn swaps_json(&self, py: Python<'_>) -> PyResult<String> {
+        Ok(serde_json::json!(self.with(py, Pool::take_swaps)?).to_string())
+    }
+
     /// Blocks until no copy is under way.
     fn drain(&self, py: Python<'_>) -> PyResult<()> {
         self.with(py, Pool::drain)

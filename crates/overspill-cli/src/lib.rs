@@ -5,6 +5,7 @@
 //! standard output, progress and one-line errors to standard error.
 
 mod bar;
+mod bench;
 mod chain;
 mod doctor;
 mod plan;
@@ -30,6 +31,7 @@ enum Command {
     /// Every checkpoint of a training run in one folder: commit, log, restore, verify, gc.
     Chain(chain::Args),
     Doctor(doctor::Args),
+    Bench(bench::Args),
     Plan(plan::Args),
 }
 
@@ -65,6 +67,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
         Command::Tpde(args) => tpde::run(args),
         Command::Chain(args) => chain::run(args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Plan(args) => plan::run(&args),
     };
     let (code, message) = match outcome {

@@ -20,6 +20,7 @@ use crate::{
     Arena, Counters, Error, Geometry, Part, Refusal, Residency, Result, Seat, Session,
     arena::{Fences, no_fences},
     host_copy::HostCopy,
+    log::{Swap, SwapLog},
 };
 
 /// What a forward starts from.
@@ -62,6 +63,7 @@ pub struct Pool {
     pub(crate) sessions: BTreeMap<u64, Entry>,
     pub(crate) in_flight: VecDeque<InFlight>,
     pub(crate) counters: Counters,
+    pub(crate) log: SwapLog,
     turn: u64,
 }
 
@@ -102,6 +104,7 @@ impl Pool {
             sessions: BTreeMap::new(),
             in_flight: VecDeque::new(),
             counters: Counters::default(),
+            log: SwapLog::default(),
             turn: 0,
         })
     }
@@ -310,6 +313,16 @@ impl Pool {
     #[must_use]
     pub fn slab_of(&self, id: u64) -> Option<usize> {
         self.sessions.get(&id)?.session.seat().ok().map(Seat::slab)
+    }
+
+    /// Begins or ends a log of every swap.
+    pub fn log_swaps(&mut self, open: bool) {
+        self.log.set_open(open);
+    }
+
+    /// What the log has since it was last asked for; waits for copies that still run.
+    pub fn take_swaps(&mut self) -> Result<Vec<Swap>> {
+        self.log.take()
     }
 
     /// What was done so far.

@@ -13,6 +13,7 @@ use crate::{
     Error, Part, Pool, Refusal, Residency, Result,
     arena::no_fences,
     host_copy::{Place, Stretch},
+    log::{Cause, Pending},
 };
 
 /// Layers are copied together until a batch has this many bytes: large ones alone, so that whoever
@@ -33,7 +34,7 @@ impl Pool {
     /// Copies out what is dirty in `layers` of `id`, as far as host memory has room without anyone
     /// giving way.
     pub(crate) fn write_through(&mut self, id: u64, layers: Range<usize>) -> Result<()> {
-        match self.copy_out(id, layers, false) {
+        match self.copy_out(id, layers, Cause::WriteThrough) {
             Err(error) if error.is_full() => Ok(()),
             other => other,
         }
@@ -45,7 +46,7 @@ impl Pool {
             return Ok(());
         }
         let before = self.counters.offloaded_bytes;
-        let outcome = self.copy_out(id, 0..self.config.geometry.layers, true);
+        let outcome = self.copy_out(id, 0..self.config.geometry.layers, Cause::Evict);
         self.counters.offloaded_at_eviction_bytes += self.counters.offloaded_bytes - before;
         outcome
     }
@@ -117,6 +118,7 @@ impl Pool {
     /// leaves the rest in host memory.
     pub fn spill(&mut self, id: u64) -> Result<()> {
         let Some(file) = self.spill.clone() else { return Err(self.no_disk(id)?) };
+        let (begun_us, before) = (self.device.now_us(), self.counters.spilled_bytes);
         let entry = self.sessions.get_mut(&id).ok_or(Error::Unknown { id })?;
         for piece in entry.copy.runs_mut().flat_map(|run| &mut run.pieces).filter(|piece| piece.bytes > 0) {
             if let Place::Host { tape, .. } = &piece.place {
@@ -125,16 +127,23 @@ impl Pool {
                 self.counters.spilled_bytes += piece.bytes as u64;
             }
         }
+        let bytes = (self.counters.spilled_bytes - before) as usize;
+        self.log.note(id, Cause::Spill, bytes, begun_us, self.device.now_us());
         self.reap()
     }
 
     /// Reads what of a session is on disk into host memory. A read that fails leaves it on disk.
     pub fn unspill(&mut self, id: u64) -> Result<()> {
         let layers = self.config.geometry.layers;
+        let (begun_us, before) = (self.device.now_us(), self.counters.unspilled_bytes);
         for (layer, part) in (0..layers).flat_map(|layer| Part::BOTH.map(|part| (layer, part))) {
             for index in 0..self.entry(id)?.copy.run(layer, part).pieces.len() {
                 self.unspill_piece(id, layer, part, index)?;
             }
+        }
+        let bytes = (self.counters.unspilled_bytes - before) as usize;
+        if bytes > 0 {
+            self.log.note(id, Cause::Unspill, bytes, begun_us, self.device.now_us());
         }
         Ok(())
     }
@@ -155,7 +164,9 @@ impl Pool {
     }
 
     /// Enqueues the copies of what is dirty in `layers`, batch by batch.
-    fn copy_out(&mut self, id: u64, layers: Range<usize>, make_room: bool) -> Result<()> {
+    fn copy_out(&mut self, id: u64, layers: Range<usize>, cause: Cause) -> Result<()> {
+        let make_room = cause == Cause::Evict;
+        let mut pending = Pending { id, cause, bytes: 0, batches: Vec::new() };
         let entry = self.entry(id)?;
         let dirty = entry.session.dirty().map_err(|refusal| Error::Refused { id, refusal })?;
         let computed = entry.computed.clone();
@@ -173,11 +184,15 @@ impl Pool {
             }
             let planned = self.plan_layer(id, layer, tokens.clone(), make_room, &mut departure);
             if planned.is_err() || departure.bytes >= BATCH_BYTES {
-                self.depart(id, std::mem::take(&mut departure))?;
+                self.depart(id, std::mem::take(&mut departure), &mut pending)?;
             }
             planned?;
         }
-        self.depart(id, departure)
+        self.depart(id, departure, &mut pending)?;
+        if pending.bytes > 0 || make_room {
+            self.log.enter(pending);
+        }
+        Ok(())
     }
 
     /// Adds the dirty `tokens` of a layer to `departure`, with host memory for them; both parts or
@@ -224,11 +239,13 @@ impl Pool {
         Ok(())
     }
 
-    fn depart(&mut self, id: u64, departure: Departure) -> Result<()> {
+    fn depart(&mut self, id: u64, departure: Departure, pending: &mut Pending) -> Result<()> {
         if departure.parts.is_empty() {
             return Ok(());
         }
+        let begin = self.log.mark(&self.out)?;
         let sent = device::append(&self.out, departure.parts)?;
+        pending.add(begin, sent.event(), sent.bytes());
         self.counters.offloaded_bytes += sent.bytes() as u64;
         let entry = self.entry(id)?;
         for (layer, part, tape, bytes) in departure.grown {
@@ -247,6 +264,7 @@ impl Pool {
     /// they are needed: those after the pause first, then those that only the next forward touches.
     fn copy_in(&mut self, id: u64) -> Result<()> {
         let geometry = self.config.geometry;
+        let mut pending = Pending { id, cause: Cause::Restore, bytes: 0, batches: Vec::new() };
         let first = self.entry(id)?.session.pause().map_or(0, |layer| layer + 1).min(geometry.layers);
         for layer in (first..geometry.layers).chain(0..first) {
             let entry = self.sessions.get(&id).ok_or(Error::Unknown { id })?;
@@ -268,12 +286,15 @@ impl Pool {
             for event in &entry.arrivals[layer] {
                 self.back.wait(event)?;
             }
+            let begin = self.log.mark(&self.back)?;
             let sent = device::play(&self.back, parts)?;
+            pending.add(begin, sent.event(), sent.bytes());
             self.counters.onboarded_bytes += sent.bytes() as u64;
             let event = Arc::clone(sent.event());
             self.in_flight.push_back(sent);
             self.entry(id)?.arrivals[layer] = vec![event];
         }
+        self.log.enter(pending);
         Ok(())
     }
 

@@ -89,7 +89,8 @@ class BatchDecoder:
         if len(group) == 1:
             assert turns[0].sampling is not None
             before = len(turns[0].sampling.tokens)
-            outcome = group[0]._drive(turns[0], most)
+            # After the forward over a prompt others may be where it is.
+            outcome = group[0]._drive(turns[0], 1 if len(turns[0].ids) > 1 else most)
             return {group[0]: (outcome, len(turns[0].sampling.tokens) - before)}  # type: ignore[dict-item]
         for session in group:
             session._check_room(1)

@@ -48,6 +48,12 @@ class Paused:
         self.step = turn.step
 
     @property
+    def generated(self) -> list[int]:
+        """The tokens that the turn it stands in generated so far."""
+        sampling = self._valid().sampling
+        return [] if sampling is None else list(sampling.tokens)
+
+    @property
     def hidden(self) -> torch.Tensor:
         """What the layer put out, of shape (1, tokens, hidden size). May be changed in place."""
         turn = self._valid()

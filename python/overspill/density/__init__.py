@@ -1,0 +1,1 @@
+"""Experiments with more sessions than the device holds; run by ``overspill bench sessions``."""
