@@ -43,9 +43,10 @@ class Run:
 
     def schedule(self, turns: list[dict[str, Any]]) -> None:
         """Runs turns; one that fails is noted, and its sessions go on if they can."""
-        for turn in turns:
+        for index, turn in enumerate(turns):
             begin, before = time.perf_counter(), self.counted()
             if self.swaps:
+                self.expect(turns, index)
                 self.move(turn)
             for name in turn["start"]:
                 self.attempt([name], lambda name=name: self.start(name))
@@ -73,9 +74,16 @@ class Run:
             text = f"{type(error).__name__}: {error}"
             self.lost += [{"session": name, "error": text} for name in names]
 
+    def expect(self, turns: list[dict[str, Any]], index: int) -> None:
+        """Says when those who leave will be needed: who has to go to disk is decided by it."""
+        for name in self.sessions.keys() & turns[index]["leave"]:
+            later = (n for n, turn in enumerate(turns[index:]) if name in turn["rows"])
+            away_us = 1e6 * next(later, len(turns))
+            self.pool._native.expect(self.sessions[name]._key, away_us)
+
     def move(self, turn: dict[str, Any]) -> None:
         """Sends off who leaves, then brings back who decodes now and who decodes next."""
-        for name in turn["leave"]:
+        for name in [name for name in turn["leave"] if name in self.sessions]:
             self.attempt([name], lambda name=name: self.sessions[name].evict())
         late = [name for name in turn["rows"] if name in self.sessions]
         for name in late + turn["prefetch"]:
