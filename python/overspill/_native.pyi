@@ -24,6 +24,7 @@ __all__ = [
     "resident_peak_bytes",
     "return_freed_tensors",
     "run_cli",
+    "serve",
     "tpde_pack",
     "tpde_quantize",
     "tpde_state_id",
@@ -707,6 +708,13 @@ def return_freed_tensors() -> None:
 def run_cli(args: SupportsGetItem[int, str]) -> int:
     """
     Runs the `overspill` command line, program name first, and returns its exit code.
+    """
+
+def serve(config: str, model: str, executor: Any, ready: Any) -> None:
+    """
+    Serves `model` (JSON) as `config` (JSON) says, until SIGTERM or SIGINT. `executor` has `command(json)`,
+    `step(steps)`, `hidden(key)` and `set_hidden(key, file)`; all are called on this thread, and answer JSON
+    with `ok` or `error`. `ready` is called with the address once it listens.
     """
 
 def tpde_pack(

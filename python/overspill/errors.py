@@ -64,3 +64,23 @@ class SessionError(OverspillError):
 
 class UnsupportedModelError(OverspillError):
     """A kind of model for which sessions have not been proved exact."""
+
+
+class ServerError(OverspillError):
+    """A server cannot start, or ended without doing all of its work."""
+
+
+class RequestError(ServerError):
+    """A server refused a request.
+
+    Attributes:
+        status: of HTTP; 0 where there was no answer.
+        code: the server's word for it, such as "session_conflict".
+        param: the parameter that is wrong.
+        retry_after_s: when to try again, if the server said.
+    """
+
+    status: int = 0
+    code: str | None = None
+    param: str | None = None
+    retry_after_s: float | None = None

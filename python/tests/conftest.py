@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 def one_thread() -> None:
     """Tiny tensors: threads cost more than they save, and two test machines then agree."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def server_processes() -> Iterator[Any]:
+    """Starts servers, each a process; what they all import is imported once."""
+    from server_harness import Servers
+
+    made = Servers.make()
+    yield made
+    made.close()
 
 
 def pytest_configure(config: pytest.Config) -> None:

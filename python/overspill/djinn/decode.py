@@ -11,6 +11,7 @@ On a GPU, of a pool with ``fixed_decode``, a step that nobody interrupts is a CU
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,42 @@ class BatchDecoder:
                         found[session] = outcome
                         del left[session]
         return [found[session] for session in sessions]
+
+    def together(self, sessions: Sequence[Session], tokens: Sequence[int]) -> list[torch.Tensor]:
+        """See :meth:`SessionPool.run_together`."""
+        group = list(sessions)
+        if len(set(group)) != len(group):
+            raise SessionError("a session is in the batch twice")
+        for session in group:
+            session._ready()
+            if session._turn is not None or session.cache.start == 0:
+                raise SessionError(f"session {session.id!r} is paused or empty", session=session.id)
+            session._check_room(1)
+        if not self.can_batch:
+            return [
+                session.run([token]).logits[0, -1]  # type: ignore[union-attr]
+                for session, token in zip(group, tokens, strict=True)
+            ]
+        for session, token in zip(group, tokens, strict=True):
+            session._turn = Turn([token], [], 1)
+        try:
+            rows = self._enter(group)
+            try:
+                with torch.no_grad(), batch_attention(rows), self._steered(group):
+                    logits = rows.forward()
+            except BaseException:
+                self._abandon(group)
+                raise
+            self._leave(group, 1)
+        finally:
+            for session in group:
+                session._turn = None
+        return list(logits[:, -1])
+
+    def _steered(self, group: list[Session]) -> contextlib.AbstractContextManager[None]:
+        if not any(session.steering.interventions for session in group):
+            return contextlib.nullcontext()
+        return armed(self.pool.shape.layers, -1, None, _Steer(group), ())
 
     def _check(self, sessions: Sequence[Session], steps: int) -> None:
         if steps < 1:

@@ -95,6 +95,8 @@ class SessionPool:
             write_through=write_through, flush_bytes=FLUSH_BYTES, seed=seed,
         )  # fmt: skip
         self._slab_bytes = slab_bytes
+        spill_bytes = 0 if spill_dir is None else parse_bytes(spill_limit, "spill_limit")
+        self._limits = {"host_budget_bytes": host_bytes, "spill_limit_bytes": spill_bytes}
         self._views: dict[int, torch.Tensor] = {}
         self._sessions: dict[str, Session] = {}
         self._next_key = 0
@@ -149,6 +151,17 @@ class SessionPool:
         with self._lock:
             return self._batches.decode(sessions, steps)
 
+    def run_together(self, sessions: Sequence[Session], tokens: Sequence[int]) -> list[torch.Tensor]:
+        """One forward of one token for each of ``sessions``, none of which is paused or generating; the logits of
+        each, (vocabulary). Which sessions share the forward may change their last bits: see :meth:`decode`.
+
+        Raises:
+            SessionError: a session is paused, empty, there twice, or has no room; nothing was done.
+            BudgetError: they do not fit on the device at once; nothing was done.
+        """
+        with self._lock:
+            return self._batches.together(sessions, tokens)
+
     def sessions(self) -> list[Session]:
         """All sessions."""
         return list(self._sessions.values())
@@ -158,7 +171,12 @@ class SessionPool:
         with self._lock:
             self._settle()
             counters: dict[str, Any] = json.loads(self._native.counters_json())
-            return {"arena_bytes": self._arena.numel(), "slab_bytes": self._slab_bytes, **counters}
+            return {
+                "arena_bytes": self._arena.numel(),
+                "slab_bytes": self._slab_bytes,
+                **self._limits,
+                **counters,
+            }
 
     def synchronize(self) -> None:
         """Blocks until no copy is under way."""
