@@ -161,13 +161,52 @@ def timed_server(model: Path, calls_path: Path) -> None:
 # ---- 1,000 sessions ----------------------------------------------------------------------------------
 
 
+WORDS = [
+    "river",
+    "stone",
+    "apple",
+    "horse",
+    "winter",
+    "garden",
+    "silver",
+    "music",
+    "paper",
+    "window",
+    "coffee",
+    "market",
+    "island",
+    "bridge",
+    "candle",
+    "forest",
+    "doctor",
+    "engine",
+    "farmer",
+    "guitar",
+    "hammer",
+    "jacket",
+    "kitchen",
+    "ladder",
+    "mirror",
+    "needle",
+    "ocean",
+    "pencil",
+    "queen",
+    "rabbit",
+    "salad",
+    "tiger",
+    "yellow",
+]
+
+
 def prompts(number: int) -> tuple[str, str]:
-    """What a session is told in its two turns, like no other."""
-    start = 1000 + 7 * number
-    return f"{start}, {start + 1}, {start + 2},", " then"
+    """What a session is told in its two turns: a pair of words like no other's, which the model goes on repeating."""
+    first, second = divmod(number, len(WORDS) - 1)
+    one = WORDS[first]
+    two = [word for word in WORDS if word != one][second]
+    return f"{one} {two} {one} {two} {one}", f" {one} {two} {one}"
 
 
-TURN_TOKENS = (6, 2)
+TURN_TOKENS = (2, 1)
 
 
 def reference(model: Path, path: Path) -> None:

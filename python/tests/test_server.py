@@ -224,6 +224,33 @@ def test_a_tool_call_is_a_call_and_the_session_waits(server_processes: Servers) 
     server.end()
 
 
+def test_a_prompt_that_was_not_run_leaves_nothing_behind() -> None:
+    executor = tiny_executor()
+
+    def do(op: str, **rest: Any) -> Any:
+        return json.loads(executor.command(json.dumps({"op": op, "key": 1, **rest})))["ok"]
+
+    def say(prompt: Any, steps: int) -> list[str]:
+        options = {"temperature": 1, "top_p": 1, "seed": 5, "logprobs": None, "open_ended": False}
+        do("begin", prompt=prompt, max_tokens=max(steps, 1), **options)
+        texts = [json.loads(executor.step([(1, None)]))["ok"][0]["token"]["text"] for _ in range(steps)]
+        do("finish")
+        return texts
+
+    def chat(text: str) -> Any:
+        return {"chat": {"messages": [{"role": "user", "content": text}], "tools": None}}
+
+    do("open", exact=False)
+    say(chat("a"), 3)
+    seat = executor.seats[1]
+    before = executor._to_record(seat)
+    assert len(seat.pending) == 1
+    say(chat("b"), 0)
+    assert executor._to_record(seat) == before
+    say(chat("c"), 2)
+    assert [one["content"] for one in seat.transcript.messages[::2]] == ["a", "c"]
+
+
 # ---- the live view -----------------------------------------------------------------------------------
 
 

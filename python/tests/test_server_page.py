@@ -124,7 +124,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 @pytest.fixture(scope="module")
 def server(server_processes: Servers) -> Iterator[Server]:
-    yield server_processes.start()
+    yield server_processes.start({"slabs": 3, "host_budget": "256KiB"})
     server_processes.end_all()
 
 
@@ -180,20 +180,38 @@ def test_create_pause_resume_from_the_page(page: Page, server: Server) -> None:
 def test_every_control_has_a_name_and_colours_follow_the_system(
     page: Page, server: Server, tmp_path: Path
 ) -> None:
-    for number in range(3):
-        server.post("/v1/sessions", {"id": f"s{number}"})
-        server.complete(f"session {number}", 20 + number, session_id=f"s{number}")
+    names = [f"agent-{number}" for number in range(5)]
+    for name in names:
+        server.post("/v1/sessions", {"id": name})
+        server.complete(name, 20, session_id=name)
     page.open(server.url)
-    until(lambda: state(page, "s2") == "idle")
+    until(lambda: state(page, names[-1]) == "idle")
     nameless = page.run("""[...document.querySelectorAll('button, input, textarea')].filter((one) =>
         !(one.labels?.length || one.ariaLabel || one.textContent.trim())).length""")
     assert nameless == 0
+    if folder := os.environ.get("OVERSPILL_SCREENSHOTS"):
+        busy(server, names)
+        page.run("document.querySelector('tr[data-name=\"agent-1\"] th button').click()")
     grounds = []
     for dark in (False, True):
         page.picture(tmp_path / f"{dark}.png", dark)
         grounds.append(page.run("getComputedStyle(document.body).backgroundColor"))
     assert grounds[0] != grounds[1]
-    if folder := os.environ.get("OVERSPILL_SCREENSHOTS"):
+    if folder:
         for dark in (False, True):
             shutil.copy(tmp_path / f"{dark}.png", Path(folder) / f"page-{'dark' if dark else 'light'}.png")
     assert page.errors == []
+
+
+def busy(server: Server, names: list[str]) -> None:
+    """Something to see on a picture: forks that come and go, sessions that wait, stand after a layer, are steered."""
+    server.post("/v1/sessions/agent-2/pause", {"layer": 2})
+    server.complete("x", session_id="agent-2")
+    server.post("/v1/sessions/agent-3/steer", {"layer": 1, "toward": "yes", "away": "no", "strength": 4})
+    for round_ in range(60):
+        fork = server.post(f"/v1/sessions/{names[round_ % 2]}/fork").json["id"]
+        server.complete("go on", 4 + 20 * (round_ % 5), session_id=fork)
+        server.request("DELETE", f"/v1/sessions/{fork}")
+        time.sleep(0.3)
+    server.post("/v1/sessions/agent-4/io_wait", {"eta_ms": 3_600_000})
+    time.sleep(1)

@@ -42,6 +42,7 @@ class Seat:
         sampler: how the answer that is under way is chosen.
         transcript: its text.
         steered: what it is steered by, by name.
+        before: tokens and text before a prompt of which nothing has been run yet.
         exact: whether its steps are never batched with others'.
     """
 
@@ -51,6 +52,7 @@ class Seat:
     sampler: Sampler | None = None
     transcript: Transcript = field(default_factory=Transcript)
     steered: dict[str, Steered] = field(default_factory=dict)
+    before: tuple[list[int], Transcript] | None = None
 
 
 class SessionExecutor:
@@ -179,17 +181,19 @@ class SessionExecutor:
             tokens = seen + len(pending) + max_tokens - 1
             raise SessionError("longer than a session", tokens=tokens, limit_tokens=limit)
         told.begin()
+        seat.before = (seat.pending, seat.transcript)
         seat.transcript, seat.pending = told, pending
         seat.sampler = Sampler.make(temperature, top_p, seed, logprobs)
         return {"prompt_tokens": seen + len(pending), "cached_tokens": seen, "max_tokens": max_tokens}
 
     def _finish(self, key: int) -> None:
         seat = self.seats[key]
-        if seat.sampler is not None:
+        if seat.before is not None:
+            # Nothing of the prompt was run: it is as if it had not come.
+            seat.pending, seat.transcript = seat.before
+        elif seat.sampler is not None:
             seat.transcript.end(self.tokenizer)
-            seat.sampler = None
-            # Of a prompt that was never run, nothing is left; a token that was chosen is part of the answer.
-            seat.pending = seat.pending if seat.transcript.reply else []
+        seat.before = seat.sampler = None
 
     def _encode(self, told: Transcript, prompt: dict[str, Any], is_first: bool) -> list[int]:
         (kind, value), *_ = prompt.items()
@@ -230,7 +234,7 @@ class SessionExecutor:
 
     def _after(self, seat: Seat, logits: torch.Tensor) -> dict[str, Any]:
         """What comes of the logits of a forward."""
-        seat.pending = []
+        seat.pending, seat.before = [], None
         try:
             assert seat.sampler is not None
             return {"token": self._choose(seat, seat.sampler, logits)}
@@ -247,7 +251,7 @@ class SessionExecutor:
         except Exception as error:
             return {"failed": _problem(error)}
         if isinstance(outcome, Paused):
-            seat.pending = []
+            seat.pending, seat.before = [], None
             return {"paused": outcome.layer}
         assert isinstance(outcome, Output)
         return self._after(seat, outcome.logits[0, -1])

@@ -36,4 +36,6 @@ def load_model(folder: Path, device: torch.device, dtype: str | None) -> PreTrai
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in ``folder``."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # Cleaning up would take spaces out of what was generated.
+    options: Any = {"local_files_only": True, "clean_up_tokenization_spaces": False}
+    return AutoTokenizer.from_pretrained(folder, **options)

@@ -48,8 +48,9 @@ pub async fn metrics(State(app): State<Arc<App>>, Caller(_): Caller) -> Response
 }
 
 /// `GET /openapi.json`
-pub async fn openapi() -> Response {
-    body::typed("application/json", include_str!("../../page/openapi.json"))
+pub async fn openapi(State(app): State<Arc<App>>) -> Response {
+    let name = json!(app.info.id).to_string();
+    body::typed("application/json", include_str!("../../page/openapi.json").replace("\"{model}\"", &name))
 }
 
 /// `GET /v1/models`
