@@ -6,10 +6,13 @@ mod meta;
 mod sessions;
 mod watch;
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
-    mpsc::Sender,
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc::Sender,
+    },
 };
 
 use axum::{
@@ -108,10 +111,19 @@ fn same_site(app: &App, headers: &HeaderMap) -> Result<()> {
             return Err(Error::ForeignSite);
         }
     }
-    let name = host.iter().rposition(|&byte| byte == b':').filter(|_| !host.ends_with(b"]"));
-    let name = &host[..name.unwrap_or(host.len())];
-    let is_local = matches!(name, b"" | b"localhost" | b"[::1]") || name.starts_with(b"127.");
-    if app.keys.is_empty() && !is_local { Err(Error::ForeignSite) } else { Ok(()) }
+    if app.keys.is_empty() && !is_loopback(host) { Err(Error::ForeignSite) } else { Ok(()) }
+}
+
+/// Whether `host`, with or without a port, names this machine by itself. A name that only looks like an
+/// address, such as 127.example.org, is anybody's and may point here.
+fn is_loopback(host: &[u8]) -> bool {
+    let Ok(host) = std::str::from_utf8(host) else { return false };
+    let name = match host.rsplit_once(':') {
+        Some((name, _)) if !host.ends_with(']') => name,
+        _ => host,
+    };
+    let address = name.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+    name.is_empty() || name == "localhost" || address.is_ok_and(|address| address.is_loopback())
 }
 
 /// Whose key a request has.
@@ -139,5 +151,29 @@ impl App {
             return Err(Error::ShuttingDown);
         }
         self.worker.send(message).map_err(|_| Error::ShuttingDown)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_loopback;
+
+    #[test]
+    fn names_that_only_look_local_are_not() {
+        for local in ["", "localhost", "localhost:8000", "127.0.0.1", "127.3.2.1:80", "[::1]", "[::1]:8000"] {
+            assert!(is_loopback(local.as_bytes()), "{local:?}");
+        }
+        let foreign: [&[u8]; 7] = [
+            b"127.example.org",
+            b"127.0.0.1.example.org:80",
+            b"localhost.example.org",
+            b"10.0.0.1",
+            b"[fe80::1]:80",
+            b"example.org:8000",
+            b"\xff",
+        ];
+        for foreign in foreign {
+            assert!(!is_loopback(foreign), "{foreign:?}");
+        }
     }
 }
