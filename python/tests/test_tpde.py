@@ -217,6 +217,7 @@ DEVICES = [
 
 def stepped(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
     """What a small step in a random direction makes of a model."""
+    print("seed", seed)
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, tensor in model.state_dict().items():

@@ -25,6 +25,7 @@ def small_model() -> torch.nn.Module:
 
 def tuned(model: torch.nn.Module, seed: int, size: float) -> dict[str, torch.Tensor]:
     """What training might make of the weights: many small changes and some whole rows."""
+    print("seed", seed)
     generator = torch.Generator().manual_seed(seed)
     made: dict[int, torch.Tensor] = {}
     final = {}

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use overspill_tpde::checkpoint::MemoryTensor;
-use overspill_tpde::{Checkpoint, Entry, Kind, Patch, Progress, apply, apply_into};
+use overspill_tpde::{Checkpoint, Entry, Kind, Patch, Progress, apply, apply_into, apply_two};
 
 use crate::chain::Chain;
 use crate::lineage::cache_name;
@@ -12,14 +12,26 @@ use crate::{Error, Result};
 
 impl Chain {
     /// Writes `part` of `step` to `target`: a safetensors file, or a new folder where the state was sharded.
-    /// Two applications at most; one where the step starts from the keyframe or its anchor's state is cached.
+    /// Two applications at most, in one pass; one where the step starts from the keyframe or its anchor's state is
+    /// cached.
     ///
     /// # Errors
     /// No such step or part, damaged objects, a target that cannot be written. Nothing is left behind.
     pub fn restore(&self, step: u64, part: &str, target: &Path, progress: Progress<'_>) -> Result<()> {
         let found = self.part_of(step, part)?;
+        let patch = Patch::open(&self.files.path(&found.patch.name()))?;
+        if let Some(anchor) = &found.anchor
+            && !self.files.path(&cache_name(&found.base_state)).exists()
+        {
+            let anchor = Patch::open(&self.files.path(&anchor.name()))?;
+            let keyframe = Checkpoint::open(&self.files.path(&found.keyframe.name()))?;
+            match apply_two(&anchor, &patch, &keyframe, target, &self.options, progress) {
+                // One application after the other finds out which file is damaged.
+                Err(overspill_tpde::Error::Format { .. }) => {}
+                outcome => return Ok(outcome.map(|_| ())?),
+            }
+        }
         self.with_base(&found, target, |base| {
-            let patch = Patch::open(&self.files.path(&found.patch.name()))?;
             apply(&patch, Some(base), target, &self.options, progress)?;
             Ok(())
         })

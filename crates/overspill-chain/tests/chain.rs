@@ -13,6 +13,7 @@ fn quiet(_: u64, _: u64) {}
 
 /// A chain of `count` steps whose states drift, and the states.
 fn drifting(folder: &std::path::Path, seed: u64, count: u64) -> (Chain, Vec<State>) {
+    println!("seed {seed}");
     let mut random = fastrand::Rng::with_seed(seed);
     let chain = Chain::init(folder, OPTIONS).expect("made");
     let mut state = State::new(&mut random);
@@ -109,6 +110,7 @@ fn a_step_is_committed_once() {
 #[test]
 fn parts_have_chains_of_their_own() {
     let folder = tempfile::tempdir().expect("folder");
+    println!("seed 6");
     let mut random = fastrand::Rng::with_seed(6);
     let chain = Chain::init(&folder.path().join("chain"), OPTIONS).expect("made");
     let (mut params, mut moments) = (State::new(&mut random), State::new(&mut random));

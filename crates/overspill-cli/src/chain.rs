@@ -50,6 +50,9 @@ enum Command {
         moments: Option<PathBuf>,
     },
     /// List the steps and what each of them costs.
+    #[command(
+        after_help = "Examples:\n  overspill chain log runs/a.chain\n  overspill chain log runs/a.chain --json | jq '.[-1]'"
+    )]
     Log {
         /// The chain.
         chain: PathBuf,
@@ -72,6 +75,9 @@ enum Command {
         output: PathBuf,
     },
     /// Check every byte of every object.
+    #[command(
+        after_help = "Examples:\n  overspill chain verify runs/a.chain\n  overspill chain verify runs/a.chain --decode"
+    )]
     Verify {
         /// The chain.
         chain: PathBuf,

@@ -169,9 +169,9 @@ fn encode_against<W: Word>(
     if old.map_or_else(|| new.iter().all(|&byte| byte == 0), |old| old == new) {
         return Ok(EncodedSegment { head: vec![0], index: vec![], blob: vec![], stats });
     }
-    let survey = Survey::of::<W>(old, prediction, new, spec);
+    let survey = Survey::<W>::of(old, prediction, new, spec);
     let mut plan = match options.codec {
-        CodecChoice::Auto => survey.plan::<W>(new, spec),
+        CodecChoice::Auto => survey.plan(new, spec),
         CodecChoice::EliasZstd => HeadPlan { chunk_log2: ELIAS_CHUNK_LOG2, ..HeadPlan::default() },
     };
     let chunk_bytes = W::BYTES << plan.chunk_log2;
@@ -188,7 +188,8 @@ fn encode_against<W: Word>(
             let changed = survey.changed_in(chunk, plan.chunk_log2);
             if changed > 0 && !is_dense(changed, new.len() / W::BYTES) {
                 let first_word = chunk << plan.chunk_log2;
-                changes.push(sparse::gather(old, new, classes, row_rate.is_some(), spec, first_word));
+                let found = survey.changes_from(chunk, plan.chunk_log2);
+                changes.push(sparse::gather(old, found, classes, row_rate.is_some(), spec, first_word));
             }
         }
         sparse::find_clusters(classes, &changes);

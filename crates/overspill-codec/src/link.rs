@@ -250,6 +250,7 @@ mod tests {
 
     #[test]
     fn words_come_back_and_shrink_or_stay() {
+        println!("seed 5");
         let mut rng = fastrand::Rng::with_seed(5);
         for format in [LinkFormat::Bf16, LinkFormat::F16] {
             for (count, spread) in [(0, 1), (1, 1), (7, 3), (8191, 8), (8192, 3), (20_000, 30), (40_000, 200)]
@@ -272,6 +273,7 @@ mod tests {
 
     #[test]
     fn damaged_records_are_errors() {
+        println!("seed 6");
         let mut rng = fastrand::Rng::with_seed(6);
         let bytes = words(&mut rng, 20_000, 8);
         let packed = link_encode(LinkFormat::Bf16, &bytes).unwrap();

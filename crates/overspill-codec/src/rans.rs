@@ -236,6 +236,7 @@ mod tests {
     fn symbols_come_back_on_any_number_of_lanes() {
         let table = SymbolTable::new(&[1, 4000, 0, 90, 5]);
         let single = SymbolTable::new(&[0, 4096]);
+        println!("seed 7");
         let mut rng = fastrand::Rng::with_seed(7);
         for lanes in [1usize, 2, 8, 32] {
             let symbols: Vec<usize> = (0..5000)

@@ -20,7 +20,7 @@ use crate::bits::{BitReader, BitWriter};
 use crate::classes::{Class, ClassKind, ClassPlan, KeyMap};
 use crate::gap;
 use crate::rans::{Decoder, Encoder, MAX_LANES, STATE_LOW, SymbolTable};
-use crate::scan::{ClassEvents, ValueMap};
+use crate::scan::{BLOCK, ClassEvents, ValueMap, bits_at};
 use crate::segment::{BaseKind, PatchKind, SegmentSpec};
 use crate::simd;
 use crate::tables::{
@@ -67,15 +67,14 @@ fn row_ranges(rows: &[u32], offset: usize, row_words: usize, words: usize) -> Ve
     ranges
 }
 
-/// Rows of a chunk with a change in them.
-fn changed_rows<W: Word>(old: &[u8], new: &[u8], offset: usize, row_words: usize) -> Vec<u32> {
+/// Rows of a chunk of `words` words with a change in them; `changed` has a bit for each word.
+fn changed_rows(changed: &[u64], offset: usize, row_words: usize, words: usize) -> Vec<u32> {
     let mut rows = Vec::new();
-    let words = old.len() / W::BYTES;
     let (mut start, mut row) = (0, 0);
     while start < words {
         let end = ((row as usize + 1) * row_words - offset).min(words);
-        let range = start * W::BYTES..end * W::BYTES;
-        if old[range.clone()] != new[range] {
+        let mut blocks = (start..end).step_by(BLOCK);
+        if blocks.any(|block| bits_at(changed, block, BLOCK.min(end - block)) != 0) {
             rows.push(row);
         }
         (start, row) = (end, row + 1);
@@ -91,16 +90,17 @@ pub(crate) struct Changes<W> {
     events: Vec<ClassEvents<W>>,
 }
 
-/// Find the changes of a chunk. `first_word` counts within the segment.
+/// Find the changes of a chunk. `changed` has a bit for each word and `values` what changed words are coded as, both
+/// from the chunk's first word on; `first_word` counts within the segment.
 pub(crate) fn gather<W: Word>(
     old: &[u8],
-    new: &[u8],
+    (changed, values): (&[u64], &[W]),
     plans: &[ClassPlan],
     row_context: bool,
     spec: &SegmentSpec,
     first_word: usize,
 ) -> Changes<W> {
-    let (keys, map) = maps(spec);
+    let (keys, _) = maps(spec);
     let words = old.len() / W::BYTES;
     let mut events = Vec::new();
     let mut low = 0;
@@ -118,10 +118,10 @@ pub(crate) fn gather<W: Word>(
     let mut ranges: Vec<Range<usize>> = std::iter::once(0..words).collect();
     if row_context {
         let (offset, _) = chunk_rows(spec, first_word, words);
-        rows = changed_rows::<W>(old, new, offset, spec.row_words as usize);
+        rows = changed_rows(changed, offset, spec.row_words as usize, words);
         ranges = row_ranges(&rows, offset, spec.row_words as usize, words);
     }
-    simd::collect_events(old, new, &ranges, keys, map, &mut events);
+    simd::collect_events(old, changed, values, &ranges, keys, &mut events);
     Changes { rows, events }
 }
 

@@ -5,7 +5,7 @@ use crate::gap;
 use crate::head::HeadPlan;
 use crate::plan::{self, Histogram};
 use crate::quant::Prediction;
-use crate::scan::ValueMap;
+use crate::scan::BLOCK;
 use crate::segment::{BaseKind, SegmentSpec};
 use crate::values::{sign_magnitude, split_magnitude, split_word};
 use crate::words::{Word, word_at};
@@ -33,7 +33,11 @@ pub(crate) fn is_dense(changed: u64, words: usize) -> bool {
 }
 
 /// What the first pass found.
-pub(crate) struct Survey {
+pub(crate) struct Survey<W> {
+    /// A bit a word: whether it changed. Empty where all that matters is how many did.
+    changed: Vec<u64>,
+    /// Values of the changed words, in order.
+    values: Vec<W>,
     /// Changed words of every 2^15.
     grains: Vec<u32>,
     /// `None` where too much changed for sparse or dense steps to be of use.
@@ -41,81 +45,98 @@ pub(crate) struct Survey {
     rows_changed: u64,
 }
 
-impl Survey {
+impl<W: Word> Survey<W> {
     /// Compare `old` (`None`: zeros) and `new`.
-    pub(crate) fn of<W: Word>(
+    pub(crate) fn of(
         old: Option<&[u8]>,
         prediction: Option<&Prediction<W>>,
         new: &[u8],
         spec: &SegmentSpec,
     ) -> Self {
-        let (keys, map) = sparse::maps(spec);
-        let grains = vec![0; spec.words.div_ceil(1 << GRAIN_LOG2)];
-        let mut survey = Survey { grains, histogram: None, rows_changed: 0 };
+        let mut survey =
+            Survey { changed: vec![], values: vec![], grains: vec![], histogram: None, rows_changed: 0 };
         let Some(old) = old else {
-            survey.count_nonzero::<W>(new);
+            survey.count_nonzero(new);
             if !is_dense(survey.changed(), spec.words) {
-                survey.grains.fill(0);
-                survey.look::<W>(&vec![0; new.len()], new, spec, keys, map);
+                survey.grains.clear();
+                survey.look(&vec![0; new.len()], new, spec);
             }
             return survey;
         };
         if let Some(prediction) = prediction {
-            survey.count_grains::<W>(old, new);
+            survey.count_changed(old, new);
             survey.histogram = Some(residuals(prediction, new));
             return survey;
         }
-        if !map.is_step {
-            survey.count_grains::<W>(old, new);
+        if !sparse::maps(spec).1.is_step {
+            survey.count_changed(old, new);
             if is_dense(survey.changed(), spec.words) {
                 return survey;
             }
-            survey.grains.fill(0);
+            survey.grains.clear();
         }
-        survey.look::<W>(old, new, spec, keys, map);
+        survey.look(old, new, spec);
         survey
     }
 
-    fn count_grains<W: Word>(&mut self, old: &[u8], new: &[u8]) {
+    /// Words that differ.
+    fn count_changed(&mut self, old: &[u8], new: &[u8]) {
+        let mut masks = Vec::with_capacity((1 << GRAIN_LOG2) / BLOCK);
         let grain_bytes = W::BYTES << GRAIN_LOG2;
-        for ((old, new), grain) in old.chunks(grain_bytes).zip(new.chunks(grain_bytes)).zip(&mut self.grains)
-        {
-            let pairs = old.chunks_exact(W::BYTES).zip(new.chunks_exact(W::BYTES));
-            *grain = pairs.map(|(a, b)| u32::from(W::load(a) != W::load(b))).sum();
+        for (old, new) in old.chunks(grain_bytes).zip(new.chunks(grain_bytes)) {
+            masks.clear();
+            simd::change_masks::<W>(old, new, &mut masks);
+            self.grains.push(masks.iter().map(|block| block.count_ones()).sum());
         }
     }
 
-    /// As [`Survey::count_grains`] against zeros, which are not read.
-    fn count_nonzero<W: Word>(&mut self, new: &[u8]) {
-        for (new, grain) in new.chunks(W::BYTES << GRAIN_LOG2).zip(&mut self.grains) {
-            *grain = new.chunks_exact(W::BYTES).map(|word| u32::from(W::load(word) != W::default())).sum();
-        }
+    /// Words that are not zero, where there is no base.
+    fn count_nonzero(&mut self, new: &[u8]) {
+        let count = |new: &[u8]| {
+            new.chunks_exact(W::BYTES).map(|word| u32::from(W::load(word) != W::default())).sum()
+        };
+        self.grains = new.chunks(W::BYTES << GRAIN_LOG2).map(count).collect();
     }
 
-    fn look<W: Word>(&mut self, old: &[u8], new: &[u8], spec: &SegmentSpec, keys: KeyMap, map: ValueMap) {
+    /// What changed, the values by key, and rows. A grain at a time, which the caches hold.
+    fn look(&mut self, old: &[u8], new: &[u8], spec: &SegmentSpec) {
+        let (keys, map) = sparse::maps(spec);
         let mut histogram = Histogram::new();
         let row_words = if spec.row_words == 0 { u64::MAX } else { spec.row_words };
         let mut row_end = row_words - spec.first_word % row_words;
         let mut row_counted = false;
-        simd::for_each_change::<W>(old, new, |position| {
-            let (base, word) = (word_at::<W>(old, position), word_at::<W>(new, position));
-            let value = map.value(base, word);
-            let (symbol, raw_bits) = if map.is_step {
-                let (symbol, width, _) = split_magnitude::<W>(sign_magnitude(value).1);
-                (symbol, width)
-            } else {
-                (split_word(value, map.order.is_float).0, W::BITS - 8)
-            };
-            histogram.add(keys.key(base), symbol, raw_bits);
-            self.grains[position >> GRAIN_LOG2] += 1;
-            if position as u64 >= row_end {
-                row_end += (position as u64 - row_end) / row_words * row_words;
-                row_end = row_end.saturating_add(row_words);
-                row_counted = false;
+        self.changed.reserve_exact(spec.words.div_ceil(BLOCK));
+        let grain_bytes = W::BYTES << GRAIN_LOG2;
+        for (grain, (old, new)) in old.chunks(grain_bytes).zip(new.chunks(grain_bytes)).enumerate() {
+            let (first_block, first_value) = (self.changed.len(), self.values.len());
+            simd::change_masks::<W>(old, new, &mut self.changed);
+            for (block, &hits) in self.changed[first_block..].iter().enumerate() {
+                let mut hits = hits;
+                while hits != 0 {
+                    let place = block * BLOCK + hits.trailing_zeros() as usize;
+                    hits &= hits - 1;
+                    let (base, word) = (word_at::<W>(old, place), word_at::<W>(new, place));
+                    let value = map.value(base, word);
+                    self.values.push(value);
+                    let (symbol, raw_bits) = if map.is_step {
+                        let (symbol, width, _) = split_magnitude::<W>(sign_magnitude(value).1);
+                        (symbol, width)
+                    } else {
+                        (split_word(value, map.order.is_float).0, W::BITS - 8)
+                    };
+                    histogram.add(keys.key(base), symbol, raw_bits);
+                    let position = (grain << GRAIN_LOG2 | place) as u64;
+                    if position >= row_end {
+                        row_end += (position - row_end) / row_words * row_words;
+                        row_end = row_end.saturating_add(row_words);
+                        row_counted = false;
+                    }
+                    self.rows_changed += u64::from(!row_counted);
+                    row_counted = true;
+                }
             }
-            self.rows_changed += u64::from(!row_counted);
-            row_counted = true;
-        });
+            self.grains.push((self.values.len() - first_value) as u32);
+        }
         count_keys::<W>(old, keys, &mut histogram.population);
         self.histogram = Some(histogram);
     }
@@ -131,8 +152,15 @@ impl Survey {
         grains.iter().map(|&count| u64::from(count)).sum()
     }
 
+    /// What changed in the chunks from `chunk` on: a bit for each word, and the values.
+    pub(crate) fn changes_from(&self, chunk: usize, chunk_log2: u32) -> (&[u64], &[W]) {
+        let (blocks, grains) = ((chunk << chunk_log2) / BLOCK, chunk << (chunk_log2 - GRAIN_LOG2));
+        let values: usize = self.grains[..grains].iter().map(|&count| count as usize).sum();
+        (&self.changed[blocks..], &self.values[values..])
+    }
+
     /// Chunk size and tables for the segment.
-    pub(crate) fn plan<W: Word>(&self, new: &[u8], spec: &SegmentSpec) -> HeadPlan {
+    pub(crate) fn plan(&self, new: &[u8], spec: &SegmentSpec) -> HeadPlan {
         let is_float = spec.dtype.float_layout().is_some();
         let mut head = HeadPlan { chunk_log2: GRAIN_LOG2, ..HeadPlan::default() };
         let Some(histogram) = &self.histogram else {

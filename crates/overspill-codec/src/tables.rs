@@ -186,6 +186,7 @@ mod tests {
 
     #[test]
     fn fitted_tables_come_back_and_cost_close_to_entropy() {
+        println!("seed 3");
         let mut rng = fastrand::Rng::with_seed(3);
         for round in 0..200 {
             let mut counts = vec![0u64; 256];

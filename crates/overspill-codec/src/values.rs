@@ -94,6 +94,7 @@ mod tests {
     use super::*;
 
     fn check<W: Word>() {
+        println!("seed 11");
         let mut rng = fastrand::Rng::with_seed(11);
         let top = 1u64 << (W::BITS - 1);
         for i in 0..20_000u64 {

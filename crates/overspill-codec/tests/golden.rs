@@ -94,6 +94,7 @@ fn inputs() -> Vec<(String, Golden)> {
     let shares = [("sparse", 0.02), ("mixed", 0.15), ("dense", 0.8)];
     for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32, Dtype::F64, Dtype::F8E4M3, Dtype::I32, Dtype::Bool] {
         for (name, share) in shares {
+            println!("seed 42");
             let mut rng = fastrand::Rng::with_seed(42);
             let old = words(&mut rng, 1600, dtype);
             let mut new = old.clone();

@@ -111,6 +111,7 @@ proptest! {
 fn large_segments_use_every_mode() {
     let mut seen = [0u64; ChunkMode::ALL.len()];
     for seed in 0..12u64 {
+        println!("seed {seed}");
         let mut rng = fastrand::Rng::with_seed(seed);
         let dtype = if seed % 3 == 0 { Dtype::F32 } else { Dtype::Bf16 };
         let words = 300_000 + rng.usize(..5000);

@@ -7,13 +7,14 @@
 
 use std::{
     fs::File,
+    hash::Hasher,
     io::{BufReader, BufWriter, Read, Write},
     path::Path,
 };
 
 use overspill_device::HostTape;
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::Xxh3;
+use twox_hash::XxHash3_64;
 
 use crate::{
     Error, Geometry, Part, Pool, Refusal, Result,
@@ -51,7 +52,7 @@ impl Pool {
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let mut scratch =
             tempfile::NamedTempFile::new_in(folder).map_err(|error| file_error(path, &error))?;
-        let mut sink = Hashing { inner: BufWriter::new(scratch.as_file_mut()), hash: Xxh3::new() };
+        let mut sink = Hashing { inner: BufWriter::new(scratch.as_file_mut()), hash: XxHash3_64::new() };
         let mut put = |bytes: &[u8]| sink.write_all(bytes).map_err(|error| file_error(path, &error));
         put(MAGIC)?;
         put(&(header.len() as u64).to_le_bytes())?;
@@ -68,7 +69,7 @@ impl Pool {
                 }
             }
         }
-        let digest = sink.hash.digest();
+        let digest = sink.hash.finish();
         sink.inner.write_all(&digest.to_le_bytes()).map_err(|error| file_error(path, &error))?;
         sink.inner.flush().map_err(|error| file_error(path, &error))?;
         drop(sink);
@@ -86,7 +87,7 @@ impl Pool {
         let geometry = self.config.geometry;
         let file = File::open(path).map_err(|error| file_error(path, &error))?;
         let file_bytes = file.metadata().map_err(|error| file_error(path, &error))?.len();
-        let mut source = Hashing { inner: BufReader::new(file), hash: Xxh3::new() };
+        let mut source = Hashing { inner: BufReader::new(file), hash: XxHash3_64::new() };
         let header = read_header(&mut source, path, &geometry, file_bytes)?;
         let mut copy = HostCopy::new(&geometry);
         for (layer, part) in (0..geometry.layers).flat_map(|layer| Part::BOTH.map(|part| (layer, part))) {
@@ -98,7 +99,7 @@ impl Pool {
             tape.append_host(bytes, |into| source.read_exact(into).map_err(|error| damaged(path, &error)))?;
             copy.run_mut(layer, part).push(tape, bytes);
         }
-        let digest = source.hash.digest();
+        let digest = source.hash.finish();
         let mut stored = [0; 8];
         source.inner.read_exact(&mut stored).map_err(|error| damaged(path, &error))?;
         if digest != u64::from_le_bytes(stored) {
@@ -141,13 +142,13 @@ fn read_header(source: &mut impl Read, path: &Path, geometry: &Geometry, file_by
 /// Passes bytes on and hashes them.
 struct Hashing<T> {
     inner: T,
-    hash: Xxh3,
+    hash: XxHash3_64,
 }
 
 impl<T: Write> Write for Hashing<T> {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         let written = self.inner.write(bytes)?;
-        self.hash.update(&bytes[..written]);
+        self.hash.write(&bytes[..written]);
         Ok(written)
     }
 
@@ -159,7 +160,7 @@ impl<T: Write> Write for Hashing<T> {
 impl<T: Read> Read for Hashing<T> {
     fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
         let read = self.inner.read(bytes)?;
-        self.hash.update(&bytes[..read]);
+        self.hash.write(&bytes[..read]);
         Ok(read)
     }
 }

@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
 use crate::{Error, Extents, Result, SpillConfig, Tier, pool::GRANULE_BYTES, storage};
 
@@ -77,8 +77,12 @@ impl SpillFile {
             })?
         };
         let offset_bytes = run.start;
-        let extent =
-            DiskExtent { file: self.clone(), run: Some(run), bytes: bytes.len(), checksum: xxh3_64(bytes) };
+        let extent = DiskExtent {
+            file: self.clone(),
+            run: Some(run),
+            bytes: bytes.len(),
+            checksum: XxHash3_64::oneshot(bytes),
+        };
         self.0.storage.write_at(offset_bytes, bytes).map_err(|error| Error::Io {
             operation: "write",
             offset_bytes,
@@ -105,7 +109,7 @@ impl DiskExtent {
             bytes: into.len(),
             reason: error.to_string(),
         })?;
-        let found = xxh3_64(into);
+        let found = XxHash3_64::oneshot(into);
         if found == self.checksum {
             Ok(())
         } else {

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use overspill_codec::BaseKind;
+use overspill_codec::{BaseKind, SegmentSpec};
 
 use crate::checkpoint::{Checkpoint, Kind, Tensor};
 use crate::container::{Patch, PatchType, Segment};
@@ -33,10 +33,22 @@ pub fn apply(
 ) -> Result<StateId> {
     let (workers, meter) = prepare(patch, base, None, options, progress)?;
     let output = Output::create(patch, target)?;
-    let made = run(patch, base, &workers, &meter, |_, segment, decode| {
-        let mut buffer = workers.buffer(segment.raw_bytes());
-        decode(&mut buffer)?;
-        output.write(patch, segment, &buffer)?;
+    write_out(patch, output, &workers, &meter, |segment, out| fill(patch, base, segment, &workers, out))
+}
+
+/// Writes the segments that `fill` makes to `output`, which gets its name if they are the state that `patch` promises.
+pub(crate) fn write_out(
+    patch: &Patch<'_>,
+    output: Output,
+    workers: &Workers,
+    meter: &Meter<'_>,
+    fill: impl Fn(&Segment, &mut [u8]) -> Result<()> + Sync,
+) -> Result<StateId> {
+    let made = run(patch, workers, meter, fill, |_, segment, decode| {
+        let mut buffer = workers.buffer();
+        let bytes = buffer.room(segment.raw_bytes())?;
+        decode(bytes)?;
+        output.write(patch, segment, bytes)?;
         workers.give_back(buffer);
         Ok(())
     })?;
@@ -62,7 +74,8 @@ pub fn apply_into(
 ) -> Result<StateId> {
     let slots = cut(patch, outs)?;
     let (workers, meter) = prepare(patch, base, known_base, options, progress)?;
-    let made = run(patch, base, &workers, &meter, |i, _, decode| {
+    let fill = |segment: &Segment, out: &mut [u8]| fill(patch, base, segment, &workers, out);
+    let made = run(patch, &workers, &meter, fill, |i, _, decode| {
         decode(&mut slots[i].lock().unwrap_or_else(PoisonError::into_inner))
     })?;
     expect_final(patch, made)?;
@@ -113,7 +126,7 @@ pub(crate) fn prepare<'p>(
 }
 
 /// Every tensor that the patch needs is in the base, with the type and the words it asks for.
-fn check_tensors(patch: &Patch<'_>, base: &Checkpoint<'_>) -> Result<()> {
+pub(crate) fn check_tensors(patch: &Patch<'_>, base: &Checkpoint<'_>) -> Result<()> {
     for entry in patch.manifest().entries() {
         let kind = match entry.base {
             BaseKind::None => continue,
@@ -142,14 +155,14 @@ fn check_tensors(patch: &Patch<'_>, base: &Checkpoint<'_>) -> Result<()> {
 /// Decodes one segment into the buffer it is given and hashes it.
 pub(crate) type Decode<'d> = &'d mut dyn FnMut(&mut [u8]) -> Result<()>;
 
-/// Decodes every segment on a worker, into the buffer that `place` has for it, and returns the state made.
+/// Makes every segment with `fill` on a worker, in the buffer that `place` has for it, and returns the state made.
 ///
 /// `place` gets the segment's number, the segment, and the function to call with a buffer of its size.
 pub(crate) fn run(
     patch: &Patch<'_>,
-    base: Option<&Checkpoint<'_>>,
     workers: &Workers,
     meter: &Meter<'_>,
+    fill: impl Fn(&Segment, &mut [u8]) -> Result<()> + Sync,
     place: impl Fn(usize, &Segment, Decode<'_>) -> Result<()> + Sync,
 ) -> Result<StateId> {
     let jobs: Vec<(usize, &Segment)> = patch.segments.iter().enumerate().collect();
@@ -158,20 +171,12 @@ pub(crate) fn run(
         &jobs,
         |(_, segment)| segment.raw_bytes(),
         |&(i, segment)| {
-            let mut scratch = workers.buffer(0);
-            let old = match base {
-                Some(base) if segment.spec.base != BaseKind::None => {
-                    read_base(patch, base, segment, &mut scratch)?
-                }
-                _ => &[],
-            };
             let mut hash = None;
             place(i, segment, &mut |buffer| {
-                patch.decode(segment, old, buffer)?;
+                fill(segment, buffer)?;
                 hash = Some(hash_segment(buffer));
                 Ok(())
             })?;
-            workers.give_back(scratch);
             meter.add(segment.raw_bytes());
             hash.ok_or_else(|| Error::misuse("a segment without a buffer"))
         },
@@ -191,16 +196,29 @@ pub(crate) fn run(
     Ok(hasher.finish())
 }
 
-fn read_base<'b>(
+/// Makes the final words of a segment of `patch` in `out`.
+pub(crate) fn fill(
     patch: &Patch<'_>,
-    base: &'b Checkpoint<'_>,
+    base: Option<&Checkpoint<'_>>,
     segment: &Segment,
-    scratch: &'b mut Vec<u8>,
-) -> Result<&'b [u8]> {
+    workers: &Workers,
+    out: &mut [u8],
+) -> Result<()> {
+    let (Some(base), true) = (base, segment.spec.base != BaseKind::None) else {
+        return patch.decode(segment, &[], out);
+    };
     let name = &patch.entry(segment).tensor.name;
     let tensor =
         base.get(name).ok_or_else(|| Error::tensor(&base.path, name, None, "wrong base: no such tensor"))?;
-    tensor.read(base.store(tensor), segment.spec.first_word, segment.spec.words, scratch)
+    let (store, SegmentSpec { first_word, words, .. }) = (base.store(tensor), segment.spec);
+    if segment.spec.base == BaseKind::Words && store.is_file() {
+        tensor.read_into(store, first_word, out)?;
+        return patch.with_view(segment, |view| view.apply(out));
+    }
+    let mut scratch = workers.buffer();
+    patch.decode(segment, tensor.read(store, first_word, words, &mut scratch)?, out)?;
+    workers.give_back(scratch);
+    Ok(())
 }
 
 pub(crate) fn expect_final(patch: &Patch<'_>, made: StateId) -> Result<()> {
@@ -235,7 +253,7 @@ fn cut<'o>(patch: &Patch<'_>, outs: Vec<&'o mut [u8]>) -> Result<Vec<Mutex<&'o m
 }
 
 /// The files being written, and where each one's tensors start.
-struct Output {
+pub(crate) struct Output {
     place: OutputPlace,
     files: Vec<(PathBuf, File, u64)>,
 }
@@ -246,7 +264,7 @@ enum OutputPlace {
 }
 
 impl Output {
-    fn create(patch: &Patch<'_>, target: &Path) -> Result<Self> {
+    pub fn create(patch: &Patch<'_>, target: &Path) -> Result<Self> {
         let layout = &patch.manifest().layout;
         let place = match &layout.index {
             None => OutputPlace::File(OutputFile::create(target)?),

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use overspill_codec::{BaseKind, Dtype, QuantLayout, SEGMENT_WORDS};
 use serde::{Deserialize, Serialize};
 
+use crate::buffer::Buffer;
 use crate::safetensors::{Metadata, read_header};
 use crate::store::Store;
 use crate::{Error, Result, gguf};
@@ -142,10 +143,15 @@ impl Tensor {
         store: &'b Store<'_>,
         first_word: u64,
         words: usize,
-        scratch: &'b mut Vec<u8>,
+        scratch: &'b mut Buffer,
     ) -> Result<&'b [u8]> {
         let offset_bytes = self.offset_bytes + self.kind.bytes_of(first_word);
         store.read(offset_bytes, self.kind.bytes_of(words as u64) as usize, scratch)
+    }
+
+    /// Fills `room` with the bytes from `first_word` on.
+    pub(crate) fn read_into(&self, store: &Store<'_>, first_word: u64, room: &mut [u8]) -> Result<()> {
+        store.read_into(self.offset_bytes + self.kind.bytes_of(first_word), room)
     }
 }
 

@@ -17,6 +17,7 @@ use overspill_codec::{
     Base, BaseKind, CodecError, PatchKind, SegmentSpec, SegmentView, measure_segment, segments,
 };
 
+use crate::buffer::Buffer;
 use crate::checkpoint::Kind;
 use crate::manifest::{Entry, MAX_MANIFEST_BYTES, Manifest};
 use crate::safetensors::{Metadata, read_header, write_header};
@@ -218,7 +219,7 @@ impl<'a> Patch<'a> {
     /// A file that cannot be read, or any byte that differs from what was packed.
     pub(crate) fn authenticate(&self, workers: &Workers) -> Result<()> {
         let mut hasher = PatchHasher::new();
-        let (mut at, mut scratch) = (0, Vec::new());
+        let (mut at, mut scratch) = (0, Buffer::default());
         while at < self.blob_bytes {
             let bytes = HASH_BYTES.min((self.blob_bytes - at) as usize);
             let piece = self.store.read(self.blob_offset_bytes + at, bytes, &mut scratch)?;
@@ -255,7 +256,13 @@ impl<'a> Patch<'a> {
     /// # Errors
     /// A file that cannot be read, or a range beyond the section.
     pub fn blob<'b>(&'b self, start: u64, bytes: usize, scratch: &'b mut Vec<u8>) -> Result<&'b [u8]> {
-        self.store.read(self.blob_offset_bytes + start, bytes, scratch)
+        let offset_bytes = self.blob_offset_bytes + start;
+        if let Some(found) = self.store.borrow(offset_bytes, bytes)? {
+            return Ok(found);
+        }
+        scratch.resize(bytes, 0);
+        self.store.read_into(offset_bytes, scratch)?;
+        Ok(scratch)
     }
 
     /// The manifest entry of a segment.
@@ -276,7 +283,7 @@ impl<'a> Patch<'a> {
     ) -> Result<R> {
         let mut scratch = Vec::new();
         let offset_bytes = self.blob_offset_bytes + segment.blob_start;
-        let mut blob = self.store.read(offset_bytes, segment.blob_bytes, &mut scratch)?;
+        let mut blob = self.blob(segment.blob_start, segment.blob_bytes, &mut scratch)?;
         let mut heads = &self.heads[segment.head_start..];
         let mut index = &self.index[segment.index_start..];
         SegmentView::take(segment.spec, &mut heads, &mut index, &mut blob)

@@ -3,6 +3,7 @@
 use overspill_codec::{Dtype, segments};
 use serde_json::{Value, json};
 
+use crate::buffer::Buffer;
 use crate::checkpoint::{Checkpoint, Kind, Tensor};
 use crate::work::{Meter, Options, Progress, Workers};
 use crate::{Error, Result};
@@ -83,7 +84,7 @@ pub fn diff(
         &jobs,
         |&(_, x, _, _, words)| x.kind.bytes_of(words as u64) as usize,
         |&(_, x, y, first, words)| {
-            let (mut old, mut new) = (Vec::new(), Vec::new());
+            let (mut old, mut new) = (Buffer::default(), Buffer::default());
             let old = x.read(a.store(x), first, words, &mut old)?;
             let new = y.read(b.store(y), first, words, &mut new)?;
             meter.add(old.len());

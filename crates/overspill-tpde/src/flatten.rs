@@ -46,7 +46,7 @@ pub fn flatten(
         &pieces,
         |&(.., bytes)| bytes,
         |&(store, from, to, bytes)| {
-            let mut scratch = workers.buffer(0);
+            let mut scratch = workers.buffer();
             let piece = store.read(from, bytes, &mut scratch)?;
             output.file().write_all_at(piece, to).map_err(Error::io(target, "write"))?;
             workers.give_back(scratch);

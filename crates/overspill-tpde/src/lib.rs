@@ -6,7 +6,7 @@
 //! | [`checkpoint`] | tensors of safetensors files (one or sharded), GGUF bases, or memory |
 //! | [`state`] | content ids of states |
 //! | [`container`] | the `.tpde` file: a safetensors file of four sections |
-//! | [`pack`], [`apply`], [`flatten`], [`apply_in_place`], [`verify`], [`inspect`], [`diff`] | the operations |
+//! | [`pack`], [`apply`], [`apply_two`], [`flatten`], [`apply_in_place`], [`verify`], [`inspect`], [`diff`] | the operations |
 //! | [`decode_tensor`], [`quantize`] | one tensor of a patch at a time; 4-bit bases |
 //!
 //! The codec itself is `overspill-codec`; this crate owns files, memory bounds, threads and authentication.
@@ -15,6 +15,8 @@
 //! and no device.
 
 mod apply;
+mod apply_two;
+mod buffer;
 pub mod checkpoint;
 pub mod container;
 mod diff;
@@ -34,6 +36,7 @@ mod verify;
 mod work;
 
 pub use apply::{apply, apply_into};
+pub use apply_two::apply_two;
 pub use checkpoint::{Checkpoint, Kind, Tensor};
 pub use container::{Patch, PatchType};
 pub use diff::{Change, Diff, TensorDiff, diff};

@@ -11,6 +11,7 @@ use overspill_codec::{
     Base, BaseKind, CodecChoice, EncodeOptions, EncodedSegment, PatchKind, encode_segment, segments,
 };
 
+use crate::buffer::Buffer;
 use crate::checkpoint::{Checkpoint, Kind, Layout, Tensor};
 use crate::container::{ALIGN_BYTES, ALIGNED_BLOB_BYTES, PatchHasher, PatchType, patch_header};
 use crate::manifest::{Entry, Manifest};
@@ -175,7 +176,7 @@ fn pack_sections(
         &jobs,
         Job::raw_bytes,
         |job| {
-            let mut scratch = [workers.buffer(0), workers.buffer(0)];
+            let mut scratch = [workers.buffer(), workers.buffer()];
             let done = run_job(job, base, final_state, kind, options, &mut scratch)?;
             scratch.into_iter().for_each(|buffer| workers.give_back(buffer));
             meter.add(job.raw_bytes());
@@ -225,7 +226,7 @@ fn run_job(
     final_state: &Checkpoint<'_>,
     kind: PatchKind,
     options: &PackOptions,
-    [base_scratch, final_scratch]: &mut [Vec<u8>; 2],
+    [base_scratch, final_scratch]: &mut [Buffer; 2],
 ) -> Result<Done> {
     let old = match (base, job.base_tensor) {
         (Some(base), Some((_, tensor))) => {

@@ -10,7 +10,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use overspill_codec::segments;
-use xxhash_rust::xxh3::xxh3_128;
+use twox_hash::XxHash3_128;
 
 use crate::checkpoint::{Checkpoint, Tensor};
 use crate::work::{Meter, Options, Progress, Workers};
@@ -53,7 +53,7 @@ impl FromStr for StateId {
 pub(crate) type SegmentHash = [u8; 16];
 
 pub(crate) fn hash_segment(bytes: &[u8]) -> SegmentHash {
-    xxh3_128(bytes).to_le_bytes()
+    XxHash3_128::oneshot(bytes).to_le_bytes()
 }
 
 /// Gathers tensors in order of name, each with its segments' hashes in order.
@@ -121,7 +121,7 @@ pub(crate) fn hash_checkpoint(
         &jobs,
         |job| job.tensor.kind.bytes_of(job.words as u64) as usize,
         |job| {
-            let mut scratch = workers.buffer(0);
+            let mut scratch = workers.buffer();
             let bytes = job.tensor.read(job.store, job.first_word, job.words, &mut scratch)?;
             let hash = hash_segment(bytes);
             meter.add(bytes.len());

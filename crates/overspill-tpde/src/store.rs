@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use crate::buffer::Buffer;
 use crate::{Error, Result};
 
 /// A run of bytes that can be read at any offset from many threads.
@@ -42,6 +43,11 @@ impl<'a> Store<'a> {
         &self.path
     }
 
+    /// Whether the bytes have to be read to be seen.
+    pub fn is_file(&self) -> bool {
+        matches!(self.bytes, Bytes::File { .. })
+    }
+
     pub fn len_bytes(&self) -> u64 {
         match &self.bytes {
             Bytes::File { len_bytes, .. } => *len_bytes,
@@ -51,25 +57,49 @@ impl<'a> Store<'a> {
     }
 
     /// `bytes` bytes from `offset_bytes`: borrowed from memory, or read into `scratch`.
-    pub fn read<'b>(&'b self, offset_bytes: u64, bytes: usize, scratch: &'b mut Vec<u8>) -> Result<&'b [u8]> {
+    pub fn read<'b>(&'b self, offset_bytes: u64, bytes: usize, scratch: &'b mut Buffer) -> Result<&'b [u8]> {
+        match self.borrow(offset_bytes, bytes)? {
+            Some(found) => Ok(found),
+            None => {
+                let room = scratch.room(bytes)?;
+                self.read_into(offset_bytes, room)?;
+                Ok(room)
+            }
+        }
+    }
+
+    /// `bytes` bytes from `offset_bytes` where they lie in memory, `None` where they lie in a file.
+    pub fn borrow(&self, offset_bytes: u64, bytes: usize) -> Result<Option<&[u8]>> {
         let inside = offset_bytes.checked_add(bytes as u64).is_some_and(|end| end <= self.len_bytes());
         if !inside {
             return Err(Error::at(&self.path, offset_bytes, format!("ends before {bytes} bytes more")));
         }
         let start = offset_bytes as usize;
-        match &self.bytes {
-            Bytes::Memory(all) => Ok(&all[start..start + bytes]),
-            Bytes::Owned(all) => Ok(&all[start..start + bytes]),
-            Bytes::File { file, .. } => {
-                scratch.resize(bytes, 0);
-                file.read_exact_at(scratch, offset_bytes).map_err(Error::io(&self.path, "read"))?;
-                Ok(scratch)
-            }
+        Ok(match &self.bytes {
+            Bytes::Memory(all) => Some(&all[start..start + bytes]),
+            Bytes::Owned(all) => Some(&all[start..start + bytes]),
+            Bytes::File { .. } => None,
+        })
+    }
+
+    /// Fills `room` with the bytes from `offset_bytes` on.
+    pub fn read_into(&self, offset_bytes: u64, room: &mut [u8]) -> Result<()> {
+        if let Some(found) = self.borrow(offset_bytes, room.len())? {
+            room.copy_from_slice(found);
+        } else if let Bytes::File { file, .. } = &self.bytes {
+            file.read_exact_at(room, offset_bytes).map_err(Error::io(&self.path, "read"))?;
         }
+        Ok(())
     }
 
     /// Like [`Store::read`], owned.
     pub fn read_vec(&self, offset_bytes: u64, bytes: usize) -> Result<Vec<u8>> {
-        self.read(offset_bytes, bytes, &mut Vec::new()).map(<[u8]>::to_vec)
+        // Checked before memory is taken for it.
+        if let Some(found) = self.borrow(offset_bytes, bytes)? {
+            return Ok(found.to_vec());
+        }
+        let mut room = vec![0; bytes];
+        self.read_into(offset_bytes, &mut room)?;
+        Ok(room)
     }
 }

@@ -1,9 +1,9 @@
 //! Verifying: everything that applying would check, without writing.
 
 use crate::Result;
-use crate::apply::{expect_final, prepare, run};
+use crate::apply::{expect_final, fill, prepare, run};
 use crate::checkpoint::Checkpoint;
-use crate::container::{Patch, PatchType};
+use crate::container::{Patch, PatchType, Segment};
 use crate::work::{Meter, Options, Progress, Workers};
 
 /// How far a patch was verified.
@@ -45,9 +45,10 @@ pub fn verify(
         return Ok(Verification { patch_bytes, decoded: false });
     }
     let (workers, meter) = prepare(patch, base, None, options, progress)?;
-    let made = run(patch, base, &workers, &meter, |_, segment, decode| {
-        let mut buffer = workers.buffer(segment.raw_bytes());
-        decode(&mut buffer)?;
+    let fill = |segment: &Segment, out: &mut [u8]| fill(patch, base, segment, &workers, out);
+    let made = run(patch, &workers, &meter, fill, |_, segment, decode| {
+        let mut buffer = workers.buffer();
+        decode(buffer.room(segment.raw_bytes())?)?;
         workers.give_back(buffer);
         Ok(())
     })?;

@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 
+use crate::buffer::Buffer;
 use crate::{Error, Result};
 
 /// Called with (bytes done, bytes in all), from any thread.
@@ -33,7 +34,7 @@ const BUFFERS_A_SEGMENT: usize = 6;
 pub(crate) struct Workers {
     pool: rayon::ThreadPool,
     group_bytes: usize,
-    buffers: Mutex<Vec<Vec<u8>>>,
+    buffers: Mutex<Vec<Buffer>>,
 }
 
 impl Workers {
@@ -77,20 +78,17 @@ impl Workers {
         Ok(())
     }
 
-    /// A buffer of `bytes` bytes with any content: one given back, or a new one. Fresh memory costs a page fault
-    /// every 4 KiB, about as much as decoding into it.
-    pub fn buffer(&self, bytes: usize) -> Vec<u8> {
-        let mut buffer = self.lock_buffers().pop().unwrap_or_default();
-        buffer.resize(bytes, 0);
-        buffer
+    /// A buffer: one given back, or a new one.
+    pub fn buffer(&self) -> Buffer {
+        self.lock_buffers().pop().unwrap_or_default()
     }
 
     /// Keeps a buffer for [`Workers::buffer`]; there are never more than were taken at once.
-    pub fn give_back(&self, buffer: Vec<u8>) {
+    pub fn give_back(&self, buffer: Buffer) {
         self.lock_buffers().push(buffer);
     }
 
-    fn lock_buffers(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+    fn lock_buffers(&self) -> MutexGuard<'_, Vec<Buffer>> {
         self.buffers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -6,7 +6,9 @@ use std::fs;
 use std::path::Path;
 
 use common::{State, applied, checkpoint, owned, packed, pair, quiet, weights};
-use overspill_tpde::{Checkpoint, Dtype, Error, Options, PackOptions, Patch, apply, diff, pack, state_id};
+use overspill_tpde::{
+    Checkpoint, Dtype, Error, Options, PackOptions, Patch, apply, apply_two, diff, pack, state_id,
+};
 
 /// Writes a state as safetensors by packing it alone and applying that.
 fn write(state: &State, path: &Path) {
@@ -111,6 +113,7 @@ fn sharded_in_and_out() {
 #[test]
 fn a_large_patch_streams_and_is_aligned() {
     let folder = tempfile::tempdir().expect("a folder");
+    println!("seed 6");
     let mut rng = fastrand::Rng::with_seed(6);
     let noise: Vec<u8> = std::iter::repeat_with(|| rng.u8(..)).take(36 << 20).collect();
     let last = vec![
@@ -168,4 +171,42 @@ fn diff_counts_words_and_ulps() {
     let ulps = serde_json::json!([{ "from": 1, "to": 1, "words": 2 }, { "from": 4, "to": 7, "words": 1 }]);
     assert_eq!(found["tensors"][0]["ulps"], ulps, "{found}");
     assert_eq!(found["tensors"][0]["changed"], 3);
+}
+
+/// The slow twin of two patches in one pass is one after the other.
+#[test]
+fn two_patches_in_one_pass_make_what_one_after_the_other_makes() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (base, middle) = pair(7, 4096);
+    println!("seed 8");
+    let mut rng = fastrand::Rng::with_seed(8);
+    let mut last = middle.clone();
+    for tensor in last.iter_mut().filter(|tensor| tensor.dtype == Dtype::Bf16) {
+        tensor.bytes = common::nudged(&mut rng, &tensor.bytes, 0.1);
+    }
+    last.push(owned("new", Dtype::Bf16, &[64], weights(&mut rng, 64)));
+    let [a, once, twice, fused] = ["a", "once", "twice", "fused"].map(|name| folder.path().join(name));
+    write(&base, &a);
+    let [first, second] =
+        [(&base, &middle), (&middle, &last)].map(|(x, y)| packed(Some(x), y, &PackOptions::default()));
+    let [first, second] = [&first, &second].map(|patch| Patch::from_bytes("patch", patch).expect("opens"));
+    let on_disk = Checkpoint::open(&a).expect("opens");
+    let options = Options::default();
+    apply(&first, Some(&on_disk), &once, &options, &quiet).expect("applies");
+    let between = Checkpoint::open(&once).expect("opens");
+    apply(&second, Some(&between), &twice, &options, &quiet).expect("applies");
+    for base in [&on_disk, &checkpoint(&base)] {
+        let made = apply_two(&first, &second, base, &fused, &options, &quiet).expect("applies");
+        assert_eq!(made, second.final_id());
+        assert_eq!(fs::read(&fused).expect("reads"), fs::read(&twice).expect("reads"));
+        fs::remove_file(&fused).expect("removed");
+    }
+    // Another base, and patches the wrong way round: refused, and nothing is left.
+    let mut wrong = base.clone();
+    wrong[0].bytes[9] ^= 0x40;
+    let before = names(folder.path());
+    assert!(apply_two(&first, &second, &checkpoint(&wrong), &fused, &options, &quiet).is_err());
+    let turned = apply_two(&second, &first, &on_disk, &fused, &options, &quiet);
+    assert!(matches!(turned, Err(Error::Misuse { .. })), "{turned:?}");
+    assert_eq!(names(folder.path()), before);
 }

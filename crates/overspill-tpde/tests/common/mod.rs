@@ -50,6 +50,7 @@ pub fn nudged(rng: &mut fastrand::Rng, bytes: &[u8], share: f64) -> Vec<u8> {
 
 /// A base and a final: changed, unchanged, added, removed, reshaped and re-typed tensors.
 pub fn pair(seed: u64, words: usize) -> (State, State) {
+    println!("seed {seed}");
     let mut rng = fastrand::Rng::with_seed(seed);
     let changed = weights(&mut rng, words);
     let still = weights(&mut rng, 64);
