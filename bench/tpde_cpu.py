@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """TPDE on the CPU: ratios against bounds and peers on the same bytes, and speed. Writes bench/results/tpde_cpu.json.
 
-usage: tpde_cpu.py DATA_DIR [--only PART,PART] [--out FILE]
+usage: tpde_cpu.py DATA_DIR [--only PART,PART] [--out FILE] [--resume]
 
 DATA_DIR is what `tpde_workloads.py` made. Parts: `speed`; `seed`, `q4`, `smollm`, `minilm`, `standalone`, `moments`
 (ratios, about 6 minutes on 2 cores in all); `long` (checkpoints 500 steps apart); `big` (a 6.4 GB checkpoint under a
@@ -61,6 +61,8 @@ class Report:
         self.out = out
         self.rows: list[dict] = []
         old = json.loads(out.read_text()) if out.exists() else {"rows": [], "commit": common.commit()}
+        # What this commit has measured already: a part that was cut short goes on with `--resume`.
+        self.done = {row["id"] for row in old["rows"]} if old["commit"] == common.commit() else set()
         self.kept = [row for row in old["rows"] if not row["id"].startswith("tpde.ratio.real_step.")]
         if old["commit"] != common.commit():
             for row in self.kept:
@@ -143,9 +145,10 @@ def compare(
     return found
 
 
-def real_steps(report: Report, data: Path, runs: str) -> None:
+def real_steps(report: Report, data: Path, runs: str, resume: bool) -> None:
     for run, a, b in REAL_STEPS:
-        if not re.match(runs, run):
+        name = f"tpde_cpu.step.{run}.{a}_{b}"
+        if not re.match(runs, run) or (resume and name in report.done):
             continue
         base, final = (load_file(data / f"{run}-k{k}.safetensors") for k in (a, b))
         model, lr = run.split("-")[0], run.split("lr")[1]
@@ -160,7 +163,6 @@ def real_steps(report: Report, data: Path, runs: str) -> None:
             else "16 pairs of 64"
         )
         note = f"{PROVENANCE[model]}; AdamW lr {lr}, cold start, {batch} a step, step {a} to {b}; {changed_pct:.2f}% changed"
-        name = f"tpde_cpu.step.{run}.{a}_{b}"
         slow = model == "minilm" or (run, a) == SLOW_SMOLLM_STEP
         compare(report, name, base, final, note, new.nbytes / bound, slow)
         report.save()
@@ -267,7 +269,10 @@ def speed(report: Report, data: Path) -> None:
     into = {name: tensor.clone() for name, tensor in base.items()}
     hashed = "patch authenticated, base and result hashed"
     works = {
-        "tpde.cpu.pack_gbps": (lambda: tpde.pack(base, final), "base and final hashed"),
+        "tpde.cpu.pack_gbps": (
+            lambda: tpde.pack(base, final),
+            "base and final hashed; bound by the ranks of changed words among their class, then by finding them",
+        ),
         "tpde_cpu.apply_allocating_gbps": (
             lambda: opened.apply(base),
             f"{hashed}, into new memory (its first touch included)",
@@ -281,6 +286,11 @@ def speed(report: Report, data: Path) -> None:
             "base's state id carried, not hashed again, into tensors that the caller holds",
         ),
     }
+    floor = "tpde_cpu.hash_both_gbps"
+    works[floor] = (
+        lambda: (tpde.state_id(base), tpde.state_id(final)),
+        "base and final read and hashed, nothing else: what pack and apply cannot pass",
+    )
     times = interleaved({name: work for name, (work, _) in works.items()})
     if not np.array_equal(words_of(into), words_of(final)):
         raise AssertionError("TPDE does not give the final back")
@@ -290,7 +300,8 @@ def speed(report: Report, data: Path) -> None:
             f"{PROVENANCE['smollm']}; AdamW lr 1e-6, step 2 to 3, 1.07% changed; in memory, {os.cpu_count()} cores; "
             f"median of {ROUNDS} by turns, {min(rates):.2f}-{max(rates):.2f}; {what}"
         )
-        report.add(name, statistics.median(rates), "GB/s", note)
+        limit = None if name == floor else raw_bytes / 1e9 / statistics.median(times[floor])
+        report.add(name, statistics.median(rates), "GB/s", note, limit=limit)
     standalone_speed(report, data)
 
 
@@ -391,20 +402,23 @@ def main() -> None:
         "speed": lambda: speed(report, args.data),
         "seed": lambda: seed(report),
         "q4": lambda: q4_base(report, args.data),
-        "smollm": lambda: real_steps(report, args.data, "smollm-lr"),
-        "minilm": lambda: real_steps(report, args.data, "minilm-lr"),
+        "smollm": lambda: real_steps(report, args.data, "smollm-lr", args.resume),
+        "minilm": lambda: real_steps(report, args.data, "minilm-lr", args.resume),
         "standalone": lambda: standalone(report, args.data),
         "moments": lambda: moments(report, args.data),
-        "long": lambda: real_steps(report, args.data, "minilm-long"),
+        "long": lambda: real_steps(report, args.data, "minilm-long", args.resume),
         "big": lambda: big(report),
     }
     parser.add_argument("--only", default=",".join(work))
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out real steps that this commit has measured"
+    )
     args = parser.parse_args()
     report = Report(args.out)
     for part in args.only.split(","):
         work[part]()
-    report.save()
+        report.save()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use libfuzzer_sys::fuzz_target;
 use overspill_fuzz::damage;
 use overspill_tpde::checkpoint::MemoryTensor;
-use overspill_tpde::{Checkpoint, Dtype, Kind, Options, PackOptions, Patch, apply_into, pack_to_vec};
+use overspill_tpde::{Checkpoint, Dtype, Kind, Options, PackOptions, Patch, apply_into, pack_to_pieces};
 
 const OPTIONS: Options = Options { memory_bytes: 1 << 26, threads: 1 };
 
@@ -35,7 +35,7 @@ fn checkpoint(state: &[Vec<u8>; 2]) -> Checkpoint<'_> {
 static STATES: LazyLock<[[Vec<u8>; 2]; 2]> = LazyLock::new(|| [state(0), state(1)]);
 static PATCH: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let [base, last] = STATES.each_ref().map(checkpoint);
-    pack_to_vec(Some(&base), &last, &PackOptions::default(), &quiet).expect("two states").1
+    pack_to_pieces(Some(&base), &last, &PackOptions::default(), &quiet).expect("two states").1.concat()
 });
 
 fuzz_target!(|input: &[u8]| {

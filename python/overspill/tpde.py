@@ -219,7 +219,7 @@ def _empty(infos: list[TensorInfo], framework: Framework) -> list[tuple[Any, int
     unknown = next((info.dtype for info in infos if info.dtype not in _TORCH_NAMES), None)
     if unknown is not None:
         raise TypeError(f"{unknown} has no counterpart in {framework}; apply to a file instead")
-    made = []
+    made: list[tuple[Any, int]] = []
     for info, (buffer, offset) in zip(infos, _pieces([info.bytes for info in infos]), strict=True):
         name = _TORCH_NAMES[info.dtype]
         if framework == "torch":
@@ -345,7 +345,7 @@ class Patch:
     def decode(self, name: str, base: Any = None) -> Any:
         """One tensor, on the CPU; ``base`` is what it starts from, if anything. The patch must be authentic."""
         info = self.tensors[name]
-        made, _ = _empty(info, "torch")
+        made, _ = _empty([info], "torch")[0]
         self.decode_into(list(self.tensors).index(name), base, made)
         return made
 

@@ -323,3 +323,20 @@ def test_command_line_of_the_wheel(tmp_path) -> None:
         [*command, "apply", "--patch", "a.safetensors", "-o", "x"], cwd=tmp_path, check=False
     )
     assert run.returncode == 1 and not (tmp_path / "x").exists()
+
+
+def test_rebuilt_tensors_share_pages_but_no_storage(tmp_path, rng) -> None:
+    state = {f"t{i}": random_bits((33, i), torch.bfloat16, rng) for i in range(6)}
+    found = tpde.apply(tpde.pack(None, state).data)
+    for name, tensor in found.items():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes == state[name].nbytes
+    save_file(found, tmp_path / "again.safetensors")
+    found["t1"].zero_()
+    assert_same(
+        {name: t for name, t in found.items() if name != "t1"}, {n: t for n, t in state.items() if n != "t1"}
+    )
+    arrays = tpde.apply(
+        tpde.pack(None, {n: t.view(torch.int16).numpy() for n, t in state.items()}).data, framework="numpy"
+    )
+    arrays["t2"][:] = 0
+    assert np.array_equal(arrays["t3"], state["t3"].view(torch.int16).numpy())

@@ -4,16 +4,18 @@
 //! the object behind each address for the length of the call, contiguous, little endian, and for outputs not
 //! shared with anything else in the call. The GIL is released around every operation.
 
+use std::mem::MaybeUninit;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use overspill_tpde::checkpoint::MemoryTensor;
 use overspill_tpde::{
     BaseKind, Checkpoint, CodecChoice, Error, Kind, Options, PackOptions, PackReport, Patch, StateId, apply,
-    apply_in_place, apply_into, authenticate, decode_tensor, dequantize, inspect, pack, pack_to_vec,
+    apply_in_place, apply_into, authenticate, decode_tensor, dequantize, inspect, pack, pack_to_pieces,
     quantize, state_id, verify,
 };
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyMemoryError, PyValueError};
+use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -91,14 +93,48 @@ pub fn reporter(progress: Option<&Py<PyAny>>) -> impl Fn(u64, u64) + Sync + '_ {
     }
 }
 
-fn packed(py: Python<'_>, report: PackReport, data: Option<Vec<u8>>) -> PackedTuple {
+/// Pieces as one `bytes`, which asks for huge pages: the first touch of plain ones is slower than the copy.
+fn joined(py: Python<'_>, pieces: &[Vec<u8>]) -> PyResult<Py<PyBytes>> {
+    let bytes: usize = pieces.iter().map(Vec::len).sum();
+    // SAFETY: without a source Python allocates `bytes` bytes for this call to fill; null is an exception.
+    let made = unsafe {
+        let size = bytes.try_into().map_err(|_| PyMemoryError::new_err("the patch"))?;
+        Bound::from_owned_ptr_or_err(py, ffi::PyBytes_FromStringAndSize(std::ptr::null(), size))?
+    };
+    // SAFETY: the object is `bytes` and new, so nothing else reads or writes it; it holds `bytes` bytes.
+    let mut rest: &mut [MaybeUninit<u8>] =
+        unsafe { std::slice::from_raw_parts_mut(ffi::PyBytes_AsString(made.as_ptr()).cast(), bytes) };
+    ask_for_huge_pages(rest);
+    for piece in pieces {
+        let (room, others) = rest.split_at_mut(piece.len());
+        room.write_copy_of_slice(piece);
+        rest = others;
+    }
+    Ok(made.cast_into::<PyBytes>()?.unbind())
+}
+
+/// Advice only: a system without huge pages goes on with plain ones.
+fn ask_for_huge_pages(memory: &mut [MaybeUninit<u8>]) {
+    const HUGE_BYTES: usize = 2 << 20;
+    let skipped = memory.as_ptr().align_offset(HUGE_BYTES).min(memory.len());
+    let whole = (memory.len() - skipped) / HUGE_BYTES * HUGE_BYTES;
+    let inside = &mut memory[skipped..skipped + whole];
+    if !inside.is_empty() {
+        // SAFETY: whole pages inside memory that is ours; the advice changes no content.
+        let _ = unsafe {
+            rustix::mm::madvise(inside.as_mut_ptr().cast(), inside.len(), rustix::mm::Advice::LinuxHugepage)
+        };
+    }
+}
+
+fn packed(report: PackReport, data: Option<Py<PyBytes>>) -> PackedTuple {
     (
         report.kind.name().to_owned(),
         report.kind.base().map(|id| id.to_string()),
         report.final_id.to_string(),
         report.raw_bytes,
         report.packed_bytes,
-        data.map(|bytes| PyBytes::new(py, &bytes).unbind()),
+        data,
     )
 }
 
@@ -129,12 +165,13 @@ pub fn tpde_pack(
         let report = reporter(progress.as_ref());
         match &output {
             Some(path) => Ok((pack(base.as_ref(), &final_state, path, &options, &report)?, None)),
-            None => {
-                pack_to_vec(base.as_ref(), &final_state, &options, &report).map(|(r, data)| (r, Some(data)))
-            }
+            None => pack_to_pieces(base.as_ref(), &final_state, &options, &report)
+                .map(|(r, pieces)| (r, Some(pieces))),
         }
     });
-    done.map(|(report, data)| packed(py, report, data)).map_err(|error| tpde_error(py, &error))
+    let (report, pieces) = done.map_err(|error| tpde_error(py, &error))?;
+    let data = pieces.map(|pieces| joined(py, &pieces)).transpose()?;
+    Ok(packed(report, data))
 }
 
 /// A state id from its text.

@@ -21,6 +21,9 @@ const PAYLOAD_TARGET_BITS: f64 = 8192.0 * 8.0;
 /// What a decoder holds of a chunk of mode S, in bytes: 4 and a word a symbol. Five blocks of a GPU's multiprocessor
 /// have 29 KiB each; chunks differ by a few percent.
 const SYMBOL_BYTES_TARGET: f64 = 0.95 * 29696.0;
+/// Smaller segments are not cut for that: they are few chunks on any GPU, and a chunk more costs about 60 bytes, 1% of a
+/// sparse patch to a small model.
+const FILLS_A_GPU_WORDS: usize = 1 << 20;
 /// Above this many words, key populations are estimated from one block in eight.
 const SAMPLE_ABOVE_WORDS: usize = 1 << 18;
 const SAMPLE_STRIDE: usize = 8;
@@ -173,8 +176,10 @@ impl<W: Word> Survey<W> {
         let quantized = matches!(spec.base, BaseKind::Quantized(_));
         if !is_dense(self.changed(), spec.words) && !quantized {
             let plan = plan::sparse(histogram, coded_share, map.is_step);
-            let share = (PAYLOAD_TARGET_BITS / plan.bits)
-                .min(SYMBOL_BYTES_TARGET / (plan.symbols * (4.0 + W::BYTES as f64)).max(1.0));
+            let mut share = PAYLOAD_TARGET_BITS / plan.bits;
+            if spec.words >= FILLS_A_GPU_WORDS {
+                share = share.min(SYMBOL_BYTES_TARGET / (plan.symbols * (4.0 + W::BYTES as f64)).max(1.0));
+            }
             let words = share * spec.words as f64;
             head.chunk_log2 = (words.log2() as u32).clamp(GRAIN_LOG2, LARGEST_LOG2);
             head.sparse = Some((rows.map(|(rate, _)| rate), plan.classes));

@@ -46,7 +46,7 @@ pub use in_place::{SegmentParts, apply_in_place, expect_base, expect_in_place};
 pub use inspect::{Inspection, TensorReport, inspect, mode_names};
 pub use manifest::{Entry, Manifest};
 pub use overspill_codec::{BaseKind, CodecChoice, Dtype, QuantLayout};
-pub use pack::{PackOptions, PackReport, pack, pack_to_vec};
+pub use pack::{PackOptions, PackReport, pack, pack_to_pieces};
 pub use state::{StateId, state_id};
 pub use tensor::{authenticate, decode_tensor, dequantize, quantize};
 pub use verify::{Verification, verify};

@@ -64,25 +64,25 @@ pub fn pack(
         Some(output) => output.commit()?,
         None => {
             let output = OutputFile::create(target)?;
-            output.file().write_all(&writer.bytes).map_err(Error::io(target, "write"))?;
+            write_all(&output, &writer.pieces)?;
             output.commit()?;
         }
     }
     Ok(report)
 }
 
-/// Packs into memory.
+/// Packs into memory. The patch is the pieces one after the other: whoever needs it in one run of bytes copies it once.
 ///
 /// # Errors
 /// As [`pack`].
-pub fn pack_to_vec(
+pub fn pack_to_pieces(
     base: Option<&Checkpoint<'_>>,
     final_state: &Checkpoint<'_>,
     options: &PackOptions,
     progress: Progress<'_>,
-) -> Result<(PackReport, Vec<u8>)> {
+) -> Result<(PackReport, Vec<Vec<u8>>)> {
     let (report, writer) = pack_sections(base, final_state, BlobWriter::new(None), options, progress)?;
-    Ok((report, writer.bytes))
+    Ok((report, writer.pieces))
 }
 
 /// One segment to encode, or (without a final) a segment of the base that is only hashed.
@@ -195,7 +195,7 @@ fn pack_sections(
                 changed[i] += encoded.stats.changed;
                 index.extend_from_slice(&encoded.index_bytes());
                 heads.extend_from_slice(&encoded.head);
-                writer.push(&encoded.blob, &workers)?;
+                writer.push(encoded.blob, &workers)?;
             }
             Ok(())
         },
@@ -208,7 +208,7 @@ fn pack_sections(
     };
     let final_id = final_hashes.finish();
     let manifest = describe(base, final_state, kind.codec_kind(), &changed).encode(&final_state.path)?;
-    let packed_bytes = writer.finish(&index, &heads, &manifest, kind, final_id, &workers)?;
+    let packed_bytes = writer.finish(index, heads, manifest, kind, final_id, &workers)?;
     let raw_bytes = final_state.total_bytes();
     Ok((PackReport { kind, final_id, raw_bytes, packed_bytes }, writer))
 }
@@ -303,9 +303,9 @@ impl<'c, 'd> Hashes<'c, 'd> {
 struct BlobWriter {
     target: Option<PathBuf>,
     output: Option<OutputFile>,
-    /// Room for the header, then the blob's bytes that are not yet hashed; after [`BlobWriter::finish`] without an
-    /// output, the whole patch.
-    bytes: Vec<u8>,
+    /// The blob's pieces that are not yet hashed; after [`BlobWriter::finish`] without an output, the whole patch.
+    pieces: Vec<Vec<u8>>,
+    pieces_bytes: usize,
     written_bytes: u64,
     hasher: PatchHasher,
 }
@@ -315,84 +315,87 @@ impl BlobWriter {
         BlobWriter {
             target: target.map(Path::to_owned),
             output: None,
-            bytes: vec![0; ALIGN_BYTES],
+            pieces: Vec::new(),
+            pieces_bytes: 0,
             written_bytes: 0,
             hasher: PatchHasher::new(),
         }
     }
 
-    fn push(&mut self, payloads: &[u8], workers: &Workers) -> Result<()> {
-        self.bytes.extend_from_slice(payloads);
-        if self.target.is_some() && self.bytes.len() >= ALIGN_BYTES + FLUSH_BYTES {
-            self.flush(workers)
-        } else {
-            Ok(())
-        }
-    }
-
-    fn flush(&mut self, workers: &Workers) -> Result<()> {
-        if self.output.is_none()
-            && let Some(target) = &self.target
-        {
+    fn push(&mut self, payloads: Vec<u8>, workers: &Workers) -> Result<()> {
+        self.pieces_bytes += payloads.len();
+        self.pieces.push(payloads);
+        let Some(target) = self.target.as_ref().filter(|_| self.pieces_bytes >= FLUSH_BYTES) else {
+            return Ok(());
+        };
+        if self.output.is_none() {
             let output = OutputFile::create(target)?;
             let start = SeekFrom::Start(ALIGN_BYTES as u64);
             output.file().seek(start).map_err(Error::io(target, "write"))?;
             self.output = Some(output);
         }
-        let blob = &self.bytes[ALIGN_BYTES..];
-        workers.install(|| self.hasher.add_blob(blob));
+        self.flush(workers)
+    }
+
+    /// Hashes the pieces and, where there is an output, writes them.
+    fn flush(&mut self, workers: &Workers) -> Result<()> {
+        workers.install(|| self.pieces.iter().for_each(|piece| self.hasher.add_blob(piece)));
         if let Some(output) = &self.output {
-            output.file().write_all(blob).map_err(Error::io(output.path(), "write"))?;
+            write_all(output, &self.pieces)?;
+            self.pieces.clear();
         }
-        self.written_bytes += blob.len() as u64;
-        self.bytes.truncate(ALIGN_BYTES);
+        self.written_bytes += self.pieces_bytes as u64;
+        self.pieces_bytes = 0;
         Ok(())
     }
 
     /// Pads the blob, appends the tables, puts the header in front. Returns the patch's size.
     fn finish(
         &mut self,
-        index: &[u8],
-        heads: &[u8],
-        manifest: &[u8],
+        index: Vec<u8>,
+        heads: Vec<u8>,
+        manifest: Vec<u8>,
         kind: PatchType,
         final_id: StateId,
         workers: &Workers,
     ) -> Result<u64> {
-        let used_bytes = self.written_bytes + (self.bytes.len() - ALIGN_BYTES) as u64;
+        let used_bytes = self.written_bytes + self.pieces_bytes as u64;
         let align_bytes = if used_bytes >= ALIGNED_BLOB_BYTES { ALIGN_BYTES } else { 8 };
         let blob_bytes = if align_bytes == ALIGN_BYTES {
             used_bytes.next_multiple_of(ALIGN_BYTES as u64)
         } else {
             used_bytes
         };
-        self.bytes.resize(self.bytes.len() + (blob_bytes - used_bytes) as usize, 0);
-        workers.install(|| self.hasher.add_blob(&self.bytes[ALIGN_BYTES..]));
+        let padding = (blob_bytes - used_bytes) as usize;
+        self.pieces.push(vec![0; padding]);
+        self.pieces_bytes += padding;
+        self.flush(workers)?;
         let hasher = std::mem::replace(&mut self.hasher, PatchHasher::new());
-        let hash = hasher.finish(index, heads, manifest, kind, final_id);
+        let hash = hasher.finish(&index, &heads, &manifest, kind, final_id);
         let tables = [index.len() as u64, heads.len() as u64, manifest.len() as u64];
         let section_bytes = [blob_bytes, tables[0], tables[1], tables[2]];
         let header = patch_header(kind, final_id, hash, section_bytes, align_bytes);
         let total_bytes = header.len() as u64 + section_bytes.iter().sum::<u64>();
+        let tables = [index, heads, manifest];
         match &self.output {
             Some(output) => {
-                let mut file = output.file();
-                let pieces = [&self.bytes[ALIGN_BYTES..], index, heads, manifest];
-                pieces
-                    .iter()
-                    .try_for_each(|piece| file.write_all(piece))
-                    .and_then(|()| file.seek(SeekFrom::Start(0)))
-                    .and_then(|_| file.write_all(&header))
+                write_all(output, &tables)?;
+                // A blob that was flushed is large: its header fills the page in front exactly.
+                let start = output.file().seek(SeekFrom::Start(0));
+                start
+                    .and_then(|_| output.file().write_all(&header))
                     .map_err(Error::io(output.path(), "write"))?;
             }
             None => {
-                // A large blob has its header fill the room in front exactly: nothing is moved.
-                self.bytes.splice(..ALIGN_BYTES, header);
-                for piece in [index, heads, manifest] {
-                    self.bytes.extend_from_slice(piece);
-                }
+                self.pieces.insert(0, header);
+                self.pieces.extend(tables);
             }
         }
         Ok(total_bytes)
     }
+}
+
+fn write_all(output: &OutputFile, pieces: &[Vec<u8>]) -> Result<()> {
+    let mut file = output.file();
+    pieces.iter().try_for_each(|piece| file.write_all(piece)).map_err(Error::io(output.path(), "write"))
 }

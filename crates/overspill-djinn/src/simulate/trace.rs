@@ -134,5 +134,5 @@ pub fn fingerprint(trace: &[Arrival]) -> String {
             }
         }
     }
-    format!("{:016x}", xxhash_rust::xxh3::xxh3_64(&bytes))
+    format!("{:016x}", twox_hash::XxHash3_64::oneshot(&bytes))
 }

@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use overspill_tpde::checkpoint::MemoryTensor;
-use overspill_tpde::{Checkpoint, Dtype, Kind, PackOptions, Patch, apply_into, pack_to_vec};
+use overspill_tpde::{Checkpoint, Dtype, Kind, PackOptions, Patch, apply_into, pack_to_pieces};
 
 /// A named tensor that owns its bytes.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -78,7 +78,7 @@ pub fn quiet(_: u64, _: u64) {}
 
 pub fn packed(base: Option<&State>, last: &State, options: &PackOptions) -> Vec<u8> {
     let base = base.map(checkpoint);
-    pack_to_vec(base.as_ref(), &checkpoint(last), options, &quiet).expect("packs").1
+    pack_to_pieces(base.as_ref(), &checkpoint(last), options, &quiet).expect("packs").1.concat()
 }
 
 /// The state that a patch makes, in the manifest's order.
