@@ -41,15 +41,15 @@ class Ballast(Spoilt):
 
 
 class Corrupt(Spoilt):
-    def decode(self, names: list[int], steps: int) -> None:
+    def decode(self, names: list[int], steps: int, bring: list[Any]) -> None:
         if 3 in names:  # somebody else's hidden state gets in
             self.sessions[3].steer(1, torch.ones(self.config["model"]["hidden"]))
-        super().decode(names, steps)
+        super().decode(names, steps, bring)
 
 
 class Lazy(Spoilt):
     def move(self, turn: dict[str, Any]) -> None:
-        """Nobody leaves."""
+        turn["prefetch"] = []  # nobody leaves
 
 
 def main(config: Path, sound: Path) -> None:

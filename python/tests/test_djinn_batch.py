@@ -106,6 +106,21 @@ def test_who_stands_within_a_forward_catches_up_first() -> None:
         assert isinstance(one, Generated) and isinstance(alone, Generated) and one.tokens == alone.tokens
 
 
+def test_others_come_back_meanwhile() -> None:
+    rows, plain = begun(pool(slabs=6)), begun(pool())
+    sessions = rows[0].pool
+    others = [sessions.session("a"), sessions.session("b"), sessions.session("c")]
+    for other in others:
+        other.run(prompt(6))
+        other.evict()
+    found = sessions.decode(rows, NEW, bring=[*others, rows[0]])  # two fit, and rows are there already
+    assert [other.place["resident"] for other in others].count(True) == 2
+    assert all(row.place["resident"] for row in rows)
+    for one, two in zip(found, plain[0].pool.decode(plain, NEW), strict=True):
+        assert isinstance(one, Generated) and isinstance(two, Generated)
+        assert one.tokens == two.tokens and torch.equal(one.logits, two.logits)
+
+
 def test_each_row_has_its_own_sampler_steering_and_end() -> None:
     generator = torch.Generator().manual_seed(5)
     vector = torch.randn(32, generator=generator)

@@ -48,8 +48,11 @@ class Run:
             if self.swaps:
                 self.expect(turns, index)
                 self.move(turn)
+            coming = [self.sessions[name] for name in turn["prefetch"] if name in self.sessions]
             for name in turn["start"]:
                 self.attempt([name], lambda name=name: self.start(name))
+                if self.swaps and coming:
+                    coming.pop(0).restore()
             due: dict[int, list[int]] = {}
             for name, to in zip(turn["rows"], turn["to"], strict=True):
                 steps = to - len(self.tokens.get(name, []))
@@ -57,7 +60,10 @@ class Run:
                 if name in self.sessions and steps > 0 and not stands_in_prompt:
                     due.setdefault(steps, []).append(name)
             for steps, names in due.items():
-                self.attempt(names, lambda steps=steps, names=names: self.decode(names, steps))
+                bring, coming = (coming if self.swaps else []), []
+                self.attempt(
+                    names, lambda steps=steps, names=names, bring=bring: self.decode(names, steps, bring)
+                )
             seconds = time.perf_counter() - begin
             count = self.counted() - before
             self.turns.append({"s": seconds, "tokens": count, "starts": len(turn["start"])})
@@ -82,13 +88,11 @@ class Run:
             self.pool._native.expect(self.sessions[name]._key, away_us)
 
     def move(self, turn: dict[str, Any]) -> None:
-        """Sends off who leaves, then brings back who decodes now and who decodes next."""
+        """Sends off who leaves, then brings back who decodes now and is not there yet."""
         for name in [name for name in turn["leave"] if name in self.sessions]:
             self.attempt([name], lambda name=name: self.sessions[name].evict())
-        late = [name for name in turn["rows"] if name in self.sessions]
-        for name in late + turn["prefetch"]:
-            if name in self.sessions:
-                self.attempt([name], lambda name=name: self.sessions[name].restore())
+        for name in [name for name in turn["rows"] if name in self.sessions]:
+            self.attempt([name], lambda name=name: self.sessions[name].restore())
 
     def start(self, name: int) -> None:
         """Runs a session's prompt."""
@@ -98,9 +102,9 @@ class Run:
         breaks = [Break(one["layer"], one["step"]) for one in self.config["breaks"]] if self.swaps else []
         self.note(name, session.start(self.prompts[name], self.config["new_tokens"], breaks))
 
-    def decode(self, names: list[int], steps: int) -> None:
-        """Some tokens more for some sessions."""
-        outcomes = self.pool.decode([self.sessions[name] for name in names], steps)
+    def decode(self, names: list[int], steps: int, bring: list[Session]) -> None:
+        """Some tokens more for some sessions; meanwhile others come back."""
+        outcomes = self.pool.decode([self.sessions[name] for name in names], steps, bring)
         for name, outcome in zip(names, outcomes, strict=True):
             self.note(name, outcome)
 

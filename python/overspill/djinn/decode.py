@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import SessionError
+from ..errors import OverspillError, SessionError
 from .attention import batch_attention
 from .batch import ArenaTokens, Numbers, Rows, can_batch
 from .outcome import Generated, Ongoing, Paused
@@ -42,11 +42,13 @@ class BatchDecoder:
         self.tokens = ArenaTokens(pool)
         self.can_batch = can_batch(pool)
         self.captures = captures and self.tokens.has_kernel
+        self._coming: list[Session] = []
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Numbers, torch.Tensor]] = {}
 
-    def decode(self, sessions: Sequence[Session], steps: int) -> list[Outcome]:
+    def decode(self, sessions: Sequence[Session], steps: int, bring: Sequence[Session]) -> list[Outcome]:
         """See :meth:`SessionPool.decode`."""
         self._check(sessions, steps)
+        self._coming = [session for session in bring if session not in sessions]
         left = dict.fromkeys(sessions, steps)
         found: dict[Session, Outcome] = {}
         while left:
@@ -59,6 +61,9 @@ class BatchDecoder:
                     if not isinstance(outcome, Ongoing) or left[session] == 0:
                         found[session] = outcome
                         del left[session]
+        while self._coming:
+            self._bring()
+        self.pool._follow()
         return [found[session] for session in sessions]
 
     def together(self, sessions: Sequence[Session], tokens: Sequence[int]) -> list[torch.Tensor]:
@@ -187,10 +192,14 @@ class BatchDecoder:
         # Tokens come to the host only where it has to know them.
         asks = any(one.ends or one.temperature > 0 for one in samplings)
         rows, chosen = self._enter(group), []
+        # Spread over the steps: the queue of copies is short, and whoever fills it waits for copies.
+        pace = max(1, count // (len(self._coming) + 1))
         try:
             with torch.no_grad(), batch_attention(rows):
                 replay = self._replay(rows)
-                for _ in range(count):
+                for step in range(count):
+                    if self._coming and step % pace == pace - 1:
+                        self._bring()
                     logits = replay()
                     following = logits[:, -1].argmax(-1)
                     if asks:
@@ -215,6 +224,13 @@ class BatchDecoder:
             assert turn.sampling is not None
             turn.sampling.took(listed)
         return self._took(group, turns, tokens, logits)
+
+    def _bring(self) -> None:
+        """Starts bringing the next one back. What fails here stays where it is: its own forward says why."""
+        session = self._coming.pop(0)
+        with contextlib.suppress(OverspillError):
+            session._open()
+            self.pool._native.restore(session._key)
 
     def _replay(self, rows: Rows) -> Callable[[], torch.Tensor]:
         """A step of ``rows``, as a graph where there can be one."""

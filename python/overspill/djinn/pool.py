@@ -135,11 +135,14 @@ class SessionPool:
                 raise
             return session
 
-    def decode(self, sessions: Sequence[Session], steps: int = 1) -> list[Paused | Generated | Ongoing]:
+    def decode(
+        self, sessions: Sequence[Session], steps: int = 1, bring: Sequence[Session] = ()
+    ) -> list[Paused | Generated | Ongoing]:
         """Generates ``steps`` tokens more for each of ``sessions``, together: weights are read once a step for all.
 
         Each of them generates already (:meth:`Session.start`, or paused in :meth:`Session.generate`), each as far as it
         was started for, with its own breakpoints, sampler and steering. All have to fit on the device at once.
+        Meanwhile sessions of ``bring`` start to come back, one every few steps, as :meth:`Session.restore` has it.
 
         Returns:
             What became of each, in their order: it stopped at a breakpoint, is at its end, or goes on.
@@ -149,7 +152,7 @@ class SessionPool:
             BudgetError: they do not fit; those that went on before stand where they got to.
         """
         with self._lock:
-            return self._batches.decode(sessions, steps)
+            return self._batches.decode(sessions, steps, bring)
 
     def run_together(self, sessions: Sequence[Session], tokens: Sequence[int]) -> list[torch.Tensor]:
         """One forward of one token for each of ``sessions``, none of which is paused or generating; the logits of

@@ -128,7 +128,11 @@ fn figures(plan: &Plan, pool: &Value, oracle: &Value) -> Map<String, Value> {
                 / part[format!("{what}_s")].as_f64().filter(|s| *s > 0.0)?,
         )
     };
-    let ratio = |what| Some(rate(pool, what)? / rate(oracle, what)?);
+    // The same work in both: times, not rates, since a paused step's token is counted where it ends.
+    let ratio = |what: &str| {
+        let seconds = format!("{what}_s");
+        Some(oracle[&seconds].as_f64()? / pool[&seconds].as_f64().filter(|s| *s > 0.0)?)
+    };
     let most = samples(pool).iter().map(|(_, bytes)| *bytes).max();
     let restores: Vec<(f64, f64)> = swaps(pool, "restore")
         .filter_map(|swap| Some((swap["bytes"].as_f64()?, swap["copy_us"].as_f64().filter(|us| *us > 0.0)?)))
