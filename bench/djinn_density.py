@@ -59,12 +59,14 @@ def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
             rows.append(row(f"djinn.{name}.{goal}", figures[figure], unit, limit=limit, note=shape))
     for part, value in (report["parts"]["pool"] or {}).get("memory", {}).items():
         rows.append(row(f"djinn.{name}.memory.{part}", value, "bytes", limit=demand, note=shape))
-    return rows + ways(f"djinn.{name}", (report["parts"]["baselines"] or {}).get("rows", []), shape)
+    found = (report["parts"]["baselines"] or {}).get("rows", [])
+    kept = {"sessions": config["sessions"], "in use through the pause": figures["most_bytes"]}
+    return rows + ways(f"djinn.{name}", found, shape, kept)
 
 
-def ways(prefix: str, found: list[dict[str, Any]], shape: str) -> list[dict[str, Any]]:
+def ways(prefix: str, found: list[dict[str, Any]], shape: str, kept: dict[str, int]) -> list[dict[str, Any]]:
     """What others do: beside overspill's own figure where there is one."""
-    ours = {one["what"]: one["value"] for one in found if one["way"] == "overspill"}
+    ours = kept | {one["what"]: one["value"] for one in found if one["way"] == "overspill"}
     rows = []
     for one in found:
         if one["way"] == "overspill":
@@ -86,13 +88,19 @@ def ways(prefix: str, found: list[dict[str, Any]], shape: str) -> list[dict[str,
 
 
 def main(paths: list[str]) -> int:
-    rows = [one for path in paths for one in rows_of(json.loads(Path(path).read_text()))]
+    reports = [json.loads(Path(path).read_text()) for path in paths]
+    rows = [one for report in reports for one in rows_of(report)]
     target = RESULTS / "djinn_density.json"
     ours = {one["id"].split(".")[1] for one in rows}
     if target.exists():
         kept = json.loads(target.read_text())["rows"]
         rows = [one for one in kept if one["id"].split(".")[1] not in ours] + rows
-    print(write_results("djinn_density", rows))
+    document = json.loads(write_results("djinn_density", rows).read_text())
+    # The machine is the one that ran it, which may be another than this.
+    parts = [report["parts"]["pool"] for report in reports]
+    document["machine"] = ", ".join(sorted({part["machine"] for part in parts}))
+    document["versions"] |= parts[0]["versions"]
+    target.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
 

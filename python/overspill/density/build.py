@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.utils.logging import disable_progress_bar
 
 # Where the demo unpacks SmolLM2-135M, from the folder in which the command runs.
 SMOLLM2 = Path("target/demo/smollm2-135m")
@@ -19,6 +20,7 @@ def build(config: dict[str, Any], device: torch.device) -> Any:
     if shape["weights"] == "smollm2":
         from ..demo.data import prepare
 
+        disable_progress_bar()
         prepare(SMOLLM2, DEMO_TOKENS)
         trained: Any = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=dtype)
         return trained.to(device).eval()

@@ -33,7 +33,7 @@ def plot(report: dict[str, Any], target: Path) -> int:
             f"{report['config']['name']} on {pool.get('machine', '?')}: {verdict}", x=0.02, ha="left"
         )
         figure.tight_layout()
-        figure.savefig(target, metadata={"Date": None})
+        figure.savefig(target, metadata={"Date": None}, dpi=150)
     return 0
 
 
@@ -55,22 +55,18 @@ def _swaps(axes: Any, pool: dict[str, Any]) -> None:
     origin = min((one["start_us"] for one in pool.get("swaps", []) if one["start_us"]), default=0.0)
     for cause, colour in colours.items():
         chosen = [one for one in pool.get("swaps", []) if one["cause"] == cause and one["copy_us"] > 0]
-        times = [(one["start_us"] - origin) / 1e6 for one in chosen]
-        axes.plot(
-            times,
-            [one["bytes"] / one["copy_us"] / 1e3 for one in chosen],
-            ".",
-            ms=4,
-            color=colour,
-            label=cause,
-        )
+        if chosen:
+            times = [(one["start_us"] - origin) / 1e6 for one in chosen]
+            rates = [one["bytes"] / one["copy_us"] / 1e3 for one in chosen]
+            # Thousands of points: a picture of them is smaller than they are.
+            axes.plot(times, rates, ".", ms=4, color=colour, label=cause, rasterized=True)
     if "in_gbps" in pool.get("link", {}):
         axes.axhline(pool["link"]["in_gbps"], color=LIMIT, lw=1, label="link, in")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("seconds")
     axes.set_ylabel("GB/s")
     axes.set_title("every swap, and the link in the same run", loc="left")
-    axes.legend(frameon=False, ncols=4, fontsize=8)
+    axes.legend(frameon=False, ncols=4, fontsize=8, loc="upper right", bbox_to_anchor=(1.0, 1.2))
 
 
 def turns(baselines: dict[str, Any]) -> list[tuple[str, float]]:
