@@ -154,7 +154,14 @@ class Repeated(_stream.Streamed):
 
 def stream_repeated(model: LlamaForCausalLM, drawn_layers: int, budget: int, **options: Any) -> Repeated:
     Repeated.drawn_layers, Repeated.known = drawn_layers, {}
-    defaults = {"patch": None, "base": None, "device": DEVICE, "packed": True, "reserve": None}
+    defaults = {
+        "patch": None,
+        "base": None,
+        "device": DEVICE,
+        "packed": True,
+        "reserve": None,
+        "on_disk": False,
+    }
     return Repeated(model, budget, **{**defaults, **options})
 
 

@@ -17,6 +17,7 @@ Not here: training, weights that two modules share and embeddings (they stay on 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -142,6 +143,7 @@ class Streamed:
         device: Any,
         packed: bool,
         reserve: int | str | None,
+        on_disk: bool,
     ) -> None:
         self.model = model
         fallback = "cuda" if torch.cuda.is_available() else "cpu"
@@ -152,6 +154,10 @@ class Streamed:
         self._counts = {"link_bytes": 0, "on_demand": 0}
         self._hooks: list[Any] = []
         self._host_bytes = 0
+        if on_disk and not isinstance(patch, (str, os.PathLike)):
+            raise ValueError("on_disk=True needs the path of a patch")
+        self._on_disk = on_disk
+        self._tables: _native.TpdeStreamedPatch | None = None
         opened = patch if isinstance(patch, tpde.Patch) or patch is None else tpde.Patch(patch)
         if opened is not None:
             _check(opened, base)
@@ -234,9 +240,11 @@ class Streamed:
             self._host_bytes += own.packed_bytes
         entries = {name: i for i, name in enumerate(own.tensors)}
         kinds = own.bases
-        streamed = None
-        if self.device.type == "cuda":
+        streamed = self._tables
+        if self.device.type == "cuda" and streamed is None:
             streamed = _native.TpdeStreamedPatch(own._native, tpde._ordinal(self.device))
+        # One patch for all weights has one set of tables.
+        self._tables = None if patch is None else streamed
         for weight in group:
             if weight.key not in entries or own.tensors[weight.key].bytes != weight.nbytes:
                 raise ValueError(f"the patch makes no {weight.key!r} of {weight.nbytes} bytes")
@@ -250,7 +258,7 @@ class Streamed:
                 weight.base = None
             elif weight.base is not None:
                 weight.base = weight.base.to(self.device)
-        if streamed is not None:
+        if streamed is not None and not self._on_disk:
             _pin([(weight, own) for weight in group], self.device)
             for weight in group:
                 weight.patch = None  # its bytes are in page-locked memory now
@@ -429,14 +437,14 @@ class _OnCuda:
         for unit in kept:
             unit.is_resident = True
             unit.payload = torch.empty(unit.packed_bytes, dtype=torch.uint8, device=self._device)
-            self._send(unit)
         self._kept_bytes = sum(unit.packed_bytes for unit in kept)
         self._ring = [unit for unit in self._units if not unit.is_resident]
         self._lay_out(torch.empty(ring_bytes if self._ring else 0, dtype=torch.uint8, device=self._device))
+        self._reader = _FromDisk(packed, self._copies) if owner._on_disk else None
         self._used = self._fetched = self._floor = 0
         self._behind = self._record()
         self._done: dict[int, torch.cuda.Event] = {}
-        self._there: dict[int, torch.cuda.Event] = {}
+        self._there: dict[int, torch.cuda.Event | Future[torch.cuda.Event]] = {}
         for unit in self._units:
             self._place(unit)
 
@@ -472,9 +480,7 @@ class _OnCuda:
             if weight.placed is None:
                 raise _undecodable(weight)
             at += _aligned(weight.packed_bytes)
-        if not unit.is_resident:
-            self._send(unit)
-        self._copies.synchronize()
+        self._arrived(self._send(unit, None)).synchronize()
         self._decode(unit)
         for weight in unit.weights:
             assert weight.placed is not None
@@ -486,16 +492,18 @@ class _OnCuda:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def _send(self, unit: _Unit) -> None:
-        """Enqueues the copy of its packed bytes."""
-        assert unit.payload is not None
-        at = 0
-        with torch.cuda.stream(self._copies):
-            for weight in unit.weights:
-                assert weight.host is not None
-                unit.payload[at : at + weight.packed_bytes].copy_(weight.host, non_blocking=True)
-                at += _aligned(weight.packed_bytes)
+    def _send(
+        self, unit: _Unit, behind: torch.cuda.Event | None
+    ) -> torch.cuda.Event | Future[torch.cuda.Event]:
+        """Enqueues the copy of its packed bytes behind an event; what passes when they are there."""
         self._counts["link_bytes"] += unit.packed_bytes
+        if self._reader is not None:
+            return self._reader.send(unit, behind)
+        return _copy(unit, [weight.host for weight in unit.weights], self._copies, behind)
+
+    @staticmethod
+    def _arrived(there: torch.cuda.Event | Future[torch.cuda.Event]) -> torch.cuda.Event:
+        return there.result() if isinstance(there, Future) else there
 
     def _decode(self, unit: _Unit) -> None:
         stream = torch.cuda.current_stream(self._device).cuda_stream
@@ -512,10 +520,7 @@ class _OnCuda:
             if before >= self._used:
                 return
             event = self._behind if before < self._floor else self._done[before]
-            self._copies.wait_event(event)
-            self._send(unit)
-            there = self._there[self._fetched] = torch.cuda.Event()
-            there.record(self._copies)
+            self._there[self._fetched] = self._send(unit, event)
             self._fetched += 1
 
     def bring(self, unit: _Unit) -> dict[str, torch.nn.Parameter]:
@@ -534,7 +539,8 @@ class _OnCuda:
                 self._behind, self._floor = self._record(), number
             self._used = number
             self._fetch_ahead()
-            torch.cuda.current_stream(self._device).wait_event(self._there.pop(number))
+            there = self._arrived(self._there.pop(number))
+            torch.cuda.current_stream(self._device).wait_event(there)
         self._decode(unit)
         return unit.live
 
@@ -554,7 +560,58 @@ class _OnCuda:
         }
 
     def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
         torch.cuda.synchronize(self._device)
+
+
+def _copy(
+    unit: _Unit, sources: list[Any], stream: torch.cuda.Stream, behind: torch.cuda.Event | None
+) -> torch.cuda.Event:
+    """Enqueues copies to where a unit's payloads belong on the device."""
+    assert unit.payload is not None
+    there, at = torch.cuda.Event(), 0
+    if behind is not None:
+        stream.wait_event(behind)
+    with torch.cuda.stream(stream):
+        for weight, source in zip(unit.weights, sources, strict=True):
+            unit.payload[at : at + weight.packed_bytes].copy_(source, non_blocking=True)
+            at += _aligned(weight.packed_bytes)
+        there.record(stream)
+    return there
+
+
+class _FromDisk:
+    """Reads payloads from their patch's file into one of two page-locked buffers, on a thread, and sends them."""
+
+    def __init__(self, largest_bytes: int, copies: torch.cuda.Stream) -> None:
+        self._copies = copies
+        self._buffers = [torch.empty(largest_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._read: list[torch.cuda.Event | None] = [None, None]
+        self._next = 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="overspill-stream")
+
+    def send(self, unit: _Unit, behind: torch.cuda.Event | None) -> Future[torch.cuda.Event]:
+        """As ``_copy``; the event is recorded when the future is done."""
+        return self._pool.submit(self._run, unit, behind)
+
+    def _run(self, unit: _Unit, behind: torch.cuda.Event | None) -> torch.cuda.Event:
+        number, self._next = self._next, 1 - self._next
+        last, at, sources = self._read[number], 0, []
+        if last is not None:
+            last.synchronize()
+        for weight in unit.weights:
+            source = self._buffers[number][at : at + weight.packed_bytes]
+            assert weight.patch is not None
+            weight.patch._native.read_payloads(weight.start, (source.data_ptr(), source.numel()))
+            sources.append(source)
+            at += _aligned(weight.packed_bytes)
+        there = self._read[number] = _copy(unit, sources, self._copies, behind)
+        return there
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._pool.shutdown()
 
 
 def _undecodable(weight: _Weight) -> FormatError:

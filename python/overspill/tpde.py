@@ -684,19 +684,29 @@ def stream(
     device: Any = None,
     packed: bool = True,
     reserve: int | str | None = None,
+    on_disk: bool = False,
 ) -> Streamed:
     """Runs a frozen model whose weights live packed in host memory and are rebuilt around their use, bit for bit.
 
     ``model`` is on the CPU, or on the meta device where ``patch`` makes its weights; without a patch its large weights
     are packed here, against ``base`` (tensors or :class:`Quantized` by name, which then lie on the device) or alone.
     What is on ``device`` (CUDA if there is any) stays below ``vram_budget``, of which ``reserve`` (a sixteenth) is left
-    for activations and caches. ``packed=False`` sends raw weights the same way, to compare with. Afterwards
+    for activations and caches. With ``on_disk`` the packed weights stay in the file ``patch`` and are read as they are
+    needed. ``packed=False`` sends raw weights the same way, to compare with. Afterwards
     ``model(...)`` and ``model.generate(...)`` work as before; :meth:`Streamed.close` gives the weights back.
     """
     from ._stream import Streamed
 
-    options = {"patch": patch, "base": base, "device": device, "packed": packed, "reserve": reserve}
-    return Streamed(model, vram_budget, **options)
+    return Streamed(
+        model,
+        vram_budget,
+        patch=patch,
+        base=base,
+        device=device,
+        packed=packed,
+        reserve=reserve,
+        on_disk=on_disk,
+    )
 
 
 def inspect(patch: PathType | bytes | Patch) -> dict[str, Any]:

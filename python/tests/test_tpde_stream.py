@@ -81,14 +81,25 @@ def test_logits_and_tokens_are_the_models(device: str, count: int, kind: str) ->
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_patch_on_disk_fills_a_model_that_has_no_weights(device: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_patch_in_a_file_fills_a_model_that_has_no_weights(
+    device: str, on_disk: bool, tmp_path: Path
+) -> None:
     plain = llama(torch.bfloat16)
     tpde.pack(None, dict(plain.named_parameters()), tmp_path / "model.tpde")
     with torch.device("meta"):
         empty = llama(torch.bfloat16)
     # What no checkpoint holds (the rotary frequencies) comes with the configuration.
     empty.model.rotary_emb = copy.deepcopy(plain.model.rotary_emb)
-    tpde.stream(empty, budget(device, SMALL), device=device, reserve=60_000, patch=tmp_path / "model.tpde")
+    tpde.stream(
+        empty,
+        budget(device, SMALL),
+        device=device,
+        reserve=60_000,
+        on_disk=on_disk,
+        patch=tmp_path / "model.tpde",
+    )
+    assert torch.equal(tokens(empty, device), tokens(plain.to(device), device))
     assert torch.equal(logits(empty, device), logits(plain.to(device), device))
 
 
