@@ -92,6 +92,17 @@ def test_commands_of_the_chains_document() -> None:
     assert torch.equal(load_file("again.safetensors")["w"], load_file("step-100.safetensors")["w"])
 
 
+def test_blocks_of_the_weights_document() -> None:
+    torch.manual_seed(0)
+    scope: dict[str, Any] = {}
+    sources = blocks(
+        "python", (Path(__file__).parents[2] / "docs" / "weights.md").read_text(encoding="utf-8")
+    )
+    assert len(sources) >= 5
+    for source in sources:
+        exec(compile(source, "weights.md", "exec"), scope)
+
+
 def test_make_targets_exist() -> None:
     makefile = (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
     named = set(re.findall(r"`?make ([a-z][a-z-]*)", README))
