@@ -23,12 +23,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from common import RESULTS, median, row, write_results
+from common import median, row, write_results
 from overspill import _native, _stream, tpde
 
 ROWS: list[dict[str, Any]] = []
 DEVICE = "cuda"
 PROMPT_TOKENS, STEPS = 32, 6
+DRAWN = 2
+"""Layers that are drawn; the others repeat them."""
 SHAPES = {
     "13b": {
         "hidden_size": 5120,
@@ -123,11 +125,23 @@ def decode(model: LlamaForCausalLM, steps: int) -> tuple[list[float], list[torch
     return times[1:], logits
 
 
+BEGIN = time.monotonic()
+
+
+def say(*what: Any) -> None:
+    print(f"[{time.monotonic() - BEGIN:.1f} s]", *what, flush=True)
+
+
 class Repeated(_stream.Streamed):
-    """Packs each of the layers that were drawn once, and uses its bytes again for those that repeat it."""
+    """Packs each of the layers that were drawn once, and uses its bytes again for those that repeat it.
+
+    With ``shares_host`` a repeated layer lies in the same page-locked memory too, which saves the time to make it.
+    """
 
     drawn_layers = 1
+    shares_host = True
     known: dict[tuple[str, ...], Any]
+    hosts: dict[str, torch.Tensor]
 
     def _pack_group(self, group: list[Any], patch: Any, packed: bool) -> None:
         pack, names = tpde.pack, [weight.key for weight in group]
@@ -135,7 +149,7 @@ class Repeated(_stream.Streamed):
         def once(base: Any, final: Any) -> Any:
             key = tuple(final)
             if key not in self.known:
-                self.known[key] = pack(base, final)
+                self.known[key] = pack(base, final, memory_bytes=16 << 30)
             return self.known[key]
 
         for weight in group:
@@ -143,17 +157,32 @@ class Repeated(_stream.Streamed):
             if "layers" in parts:
                 parts[2] = str(int(parts[2]) % self.drawn_layers)
             weight.key = ".".join(parts)
+        pin = _stream._pin
+
+        def pin_once(weights: list[Any], device: torch.device) -> None:
+            new = [(weight, own) for weight, own in weights if weight.key not in self.hosts]
+            if new:
+                pin(new, device)
+            self.hosts.update({weight.key: weight.host for weight, _ in new})
+            for weight, _ in weights:
+                weight.host = self.hosts[weight.key]
+
         tpde.pack = once  # type: ignore[assignment]
+        if self.shares_host:
+            _stream._pin = pin_once
         try:
             super()._pack_group(group, patch, packed)
         finally:
-            tpde.pack = pack
+            tpde.pack, _stream._pin = pack, pin
             for weight, name in zip(group, names, strict=True):
                 weight.key = name
 
 
-def stream_repeated(model: LlamaForCausalLM, drawn_layers: int, budget: int, **options: Any) -> Repeated:
-    Repeated.drawn_layers, Repeated.known = drawn_layers, {}
+def stream_repeated(
+    model: LlamaForCausalLM, drawn_layers: int, budget: int, shares_host: bool = True, **options: Any
+) -> Repeated:
+    Repeated.drawn_layers, Repeated.shares_host = drawn_layers, shares_host
+    Repeated.known, Repeated.hosts = {}, {}
     defaults = {
         "patch": None,
         "base": None,
@@ -181,15 +210,15 @@ def streamed_tokens(
     fill(model, weights)
     torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
-    handle = tpde.stream(model, **options)
-    print(f"ready in {time.perf_counter() - begin:.1f} s", handle.report(), flush=True)
+    handle = stream_repeated(model, DRAWN, 8 * 10**9, **options)
+    say(f"ready in {time.perf_counter() - begin:.1f} s", handle.report())
     decode(model, 1)
     before = handle.report()["link_bytes"]
     times, logits = decode(model, STEPS)
     report = handle.report()
     report["link_bytes_a_token"] = (report["link_bytes"] - before) // (STEPS + 1)
     peak = torch.cuda.max_memory_allocated() / 1e9
-    print("seconds a token", [round(t, 4) for t in times], report, f"peak {peak:.2f} GB", flush=True)
+    say("seconds a token", [round(t, 4) for t in times], report, f"peak {peak:.2f} GB")
     close(model, handle)
     return 1 / median(times), logits, report, peak
 
@@ -197,19 +226,22 @@ def streamed_tokens(
 def part_13b(layers: int, link: float, parts: list[str]) -> None:
     shape = {**SHAPES["13b"], "num_hidden_layers": layers}
     model = shell(shape, torch.bfloat16)
-    weights = draw(model, layers)
+    weights = draw(model, DRAWN)
+    say("drawn")
     raw_gb = sum(tensor.nbytes for tensor in weights.values()) / 1e9
-    what = f"Llama-2-13B's shape, {layers} layers, bf16, {raw_gb:.1f} GB, random weights N(0, 0.02), batch 1"
+    what = f"Llama-2-13B's shape, {layers} layers, bf16, {raw_gb:.1f} GB, random weights N(0, 0.02), {DRAWN} layers drawn and "
+    what += "repeated (in host memory too), batch 1"
     resident = shell(shape, torch.bfloat16)
-    fill(resident, {name: tensor.to(DEVICE) for name, tensor in weights.items()})
+    there = {tensor.data_ptr(): tensor.to(DEVICE) for tensor in weights.values()}
+    fill(resident, {name: there[tensor.data_ptr()] for name, tensor in weights.items()})
     resident.model.rotary_emb.to(DEVICE)
     whole, expected = decode(resident, STEPS)
-    del resident
+    del resident, there
     torch.cuda.empty_cache()
-    budget = {"vram_budget": 8 * 10**9, "device": DEVICE}
-    packed, logits, report, peak = streamed_tokens(model, weights, **budget)
+    say("resident:", [round(t, 4) for t in whole])
+    packed, logits, report, peak = streamed_tokens(model, weights)
     same = all(torch.equal(a, b) for a, b in zip(logits, expected, strict=True))
-    raw, raw_logits, raw_report, raw_peak = streamed_tokens(model, weights, packed=False, **budget)
+    raw, raw_logits, raw_report, raw_peak = streamed_tokens(model, weights, packed=False)
     same_raw = all(torch.equal(a, b) for a, b in zip(raw_logits, expected, strict=True))
     limit = (
         f"link {link:.1f} GB/s in the same run; all of the weights resident: {1 / median(whole):.1f} tokens/s"
@@ -225,6 +257,7 @@ def part_13b(layers: int, link: float, parts: list[str]) -> None:
     add("tpde.stream.tokens_vs_raw", packed / raw, "x", limit=limit, note=note, **facts)
     if "accelerate" not in parts:
         return
+    say("accelerate")
     from accelerate import cpu_offload
 
     fill(model, weights)
@@ -244,7 +277,11 @@ def part_q4(layers: int, link: float) -> None:
     blocks = {weights[key].data_ptr(): tpde.quantize(weights[key]) for key in keys}
     base = {key: blocks[weights[key].data_ptr()] for key in keys}
     found, seconds_of = {}, {}
-    _stream._spread = lambda units, room_bytes, size_of: []  # nothing stays: all of it crosses
+    say("quantized")
+    spread, _stream._spread = (
+        _stream._spread,
+        lambda units, room_bytes, size_of: [],
+    )  # nothing stays: all of it crosses
     for name in ("q4", "standalone", "raw"):
         fill(model, weights)
         options = {"base": base} if name == "q4" else {"packed": name != "raw"}
@@ -258,8 +295,9 @@ def part_q4(layers: int, link: float) -> None:
         best = [seconds(lambda handle=handle: [None for _ in handle.weights()]) for _ in range(4)]
         crossed = (handle.report()["link_bytes"] - before) // 4
         seconds_of[name], found[name] = median(best), (same, crossed, handle.report())
-        print(name, same, best, crossed, handle.report(), flush=True)
+        say(name, same, best, crossed, handle.report())
         close(model, handle)
+    _stream._spread = spread
     raw_gb = found["raw"][2]["raw_bytes"] / 1e9
     note = (
         f"{layers} layers of Llama-2-13B's shape, bf16, {raw_gb:.2f} GB, random weights N(0, 0.02) (two draws), base "
@@ -279,11 +317,12 @@ def part_q4(layers: int, link: float) -> None:
     add("tpde_stream.standalone_link_over_raw", value, "x", note=note, **facts)
 
 
-def part_80gb(layers: int, link: float) -> None:
-    distinct = min(layers, 2)
+def part_80gb(layers: int, link: float, shares_host: bool) -> None:
+    distinct = min(layers, DRAWN)
     model = shell({**SHAPES["80gb"], "num_hidden_layers": layers}, torch.float32)
     weights = draw(model, distinct)
     torch.cuda.empty_cache()
+    say("drawn")
     log = Path(write_results("tpde_stream", ROWS)).parent / "tpde_stream_nvml.csv"
     query = ["nvidia-smi", "--query-gpu=timestamp,memory.used,pcie.link.gen.current", "--format=csv,noheader"]
     watch = subprocess.Popen([*query, "-lms", "100", "-f", str(log)])
@@ -294,7 +333,9 @@ def part_80gb(layers: int, link: float) -> None:
         base = {key: blocks[weights[key].data_ptr()].to(DEVICE) for key in keys}
         fill(model, weights)
         begin = time.perf_counter()
-        handle = stream_repeated(model, distinct, 15 * 10**9, base=base, reserve="256MiB")
+        options = {"base": base, "reserve": "256MiB", "shares_host": shares_host}
+        handle = stream_repeated(model, distinct, 15 * 10**9, **options)
+        say("ready", handle.report())
         ready = time.perf_counter() - begin
         decode(model, 1)
         times, _ = decode(model, 3)
@@ -316,7 +357,8 @@ def part_80gb(layers: int, link: float) -> None:
     total = sum(t.nbytes for t in weights.values()) / 1e9
     note = (
         f"{layers} layers of h = 6144 in fp32, {total:.1f} GB of weights, random N(0, 0.02), {distinct} drawn and "
-        f"repeated; Q4_0 base resident, residuals in page-locked memory ({report['packed_bytes'] / 1e9:.1f} GB), "
+        f"repeated; Q4_0 base resident, residuals in page-locked memory, {report['packed_bytes'] / 1e9:.1f} GB of "
+        f"them{' (repeats share theirs)' if shares_host else ''}, "
         f"ready in {ready:.0f} s; driver's count every 100 ms in tpde_stream_nvml.csv, context included; torch held "
         f"{peak:.2f} GB at most; {median(times):.2f} s a token; a layer's weight bit-identical: {same}"
     )
@@ -329,17 +371,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parts", default="13b,accelerate,q4,80gb")
     parser.add_argument("--layers", type=int, default=0, help="instead of each part's own number")
+    parser.add_argument(
+        "--share-host", action="store_true", help="80gb: repeated layers share host memory too"
+    )
     args = parser.parse_args()
     parts = args.parts.split(",")
     link = link_gbps()
     torch._C._host_emptyCache()
-    print(f"link {link:.1f} GB/s; {RESULTS}; native {_native.__version__}", flush=True)
+    say(f"link {link:.1f} GB/s; native {_native.__version__}")
     if "13b" in parts:
         part_13b(args.layers or SHAPES["13b"]["num_hidden_layers"], link, parts)
     if "q4" in parts:
         part_q4(args.layers or SHAPES["q4"]["num_hidden_layers"], link)
     if "80gb" in parts:
-        part_80gb(args.layers or SHAPES["80gb"]["num_hidden_layers"], link)
+        part_80gb(args.layers or SHAPES["80gb"]["num_hidden_layers"], link, args.share_host)
 
 
 if __name__ == "__main__":
