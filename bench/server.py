@@ -277,7 +277,7 @@ def tiny_sessions(scratch: Path) -> list[dict[str, Any]]:
     from server_harness import Servers
     from server_worker import tiny_executor
 
-    executor, counts = tiny_executor(), (12, 12)
+    executor, counts = tiny_executor(), (3, 3)
     expected = []
     for number in range(SESSIONS):
         session, said = executor.pool.session(str(number)), []
@@ -467,7 +467,7 @@ def malformed(model: Path, scratch: Path) -> list[dict[str, Any]]:
     limits = {"max_tokens": 4, "sessions_per_key": 64, "header_s": 5, "body_s": 5}
     server = servers.start(limits=limits, log=str(log))
     made = subprocess.run(
-        ["schemathesis", "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error", "--max-examples", "40",
+        ["schemathesis", "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error", "--max-examples", "20",
          "--phases", "examples,coverage,fuzzing", "--exclude-path", "/v1/events", "--suppress-health-check", "all",
          "--generation-database", "none", "--no-color", "--request-timeout", "20"],
         capture_output=True, text=True, check=False, timeout=400,
