@@ -62,7 +62,8 @@ class Report:
         self.rows: list[dict] = []
         old = json.loads(out.read_text()) if out.exists() else {"rows": [], "commit": common.commit()}
         # What this commit has measured already: a part that was cut short goes on with `--resume`.
-        self.done = {row["id"] for row in old["rows"]} if old["commit"] == common.commit() else set()
+        same = old["commit"] == common.commit()
+        self.done = {row["id"] for row in old["rows"] if same and "; at commit " not in row["note"]}
         self.kept = [row for row in old["rows"] if not row["id"].startswith("tpde.ratio.real_step.")]
         if old["commit"] != common.commit():
             for row in self.kept:
