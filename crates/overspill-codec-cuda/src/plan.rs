@@ -10,7 +10,7 @@ use overspill_device::cuda::Arg;
 /// Threads of a block, but of modes S and D; the kernels are written for it.
 pub const THREADS: u32 = 256;
 /// Threads of a block of mode D: its tables are large, and shared by all warps.
-pub const DENSE_THREADS: u32 = 512;
+pub const DENSE_THREADS: u32 = 384;
 /// Threads of a block of mode S. Its first warp decodes alone while the others wait, so small blocks, more of them.
 pub const SPARSE_THREADS: u32 = 128;
 /// Dynamic shared memory that a block of mode S has at first: five blocks fit a multiprocessor of 228 KiB.

@@ -172,6 +172,12 @@ static inline int __ffs(unsigned x) { return __builtin_ffs((int)x); }
 static inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
     return (unsigned)((((unsigned long long)high << 32) | low) >> (shift & 31));
 }
+static inline unsigned __byte_perm(unsigned low, unsigned high, unsigned take) {
+    unsigned long long both = (unsigned long long)high << 32 | low;
+    unsigned made = 0;
+    for (unsigned i = 0; i < 4; i++) made |= (unsigned)(both >> (8 * (take >> (4 * i) & 7)) & 255) << (8 * i);
+    return made;
+}
 template <typename T> static inline T __ldg(const T* p) { return *p; }
 template <typename T> static inline T atomicCAS(T* p, T expected, T value) {
     T old = *p;

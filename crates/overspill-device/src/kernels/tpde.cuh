@@ -147,16 +147,28 @@ struct Words {
     const u8 *start, *end;
     u32 pulled;  // words taken out
     u32 blocks;  // blocks of 64 words brought in
-    u32 ahead;   // this lane's part of the next block, on its way
+    // This lane's part of the next block, on its way: two aligned words that nothing looks at before their turn, so
+    // that nothing waits for them.
+    u32 low, high;
+    __device__ void fetch(u32 lane) {
+        const u8* p = start + 128ull * blocks + 4 * lane;
+        const u32* aligned = (const u32*)((u64)p & ~3ull);
+        low = p < end ? __ldg(aligned) : 0;
+        high = (const u8*)(aligned + 1) < end ? __ldg(aligned + 1) : 0;
+    }
     __device__ void bring(u32 lane) {
-        ((u32*)ring)[(blocks & 1) * 32 + lane] = ahead;
+        const u8* p = start + 128ull * blocks + 4 * lane;
+        u32 value = __funnelshift_r(low, high, ((u32)(u64)p & 3) * 8);
+        long long left = end - p;
+        ((u32*)ring)[(blocks & 1) * 32 + lane] =
+            left >= 4 ? value : left <= 0 ? 0 : low_bits(value, 8 * (u32)left);
         blocks++;
-        ahead = load32(start + 128ull * blocks + 4 * lane, end);
+        fetch(lane);
         __syncwarp();
     }
     __device__ void open(u16* to, const u8* from, const u8* to_end, u32 lane) {
         ring = to; start = from; end = to_end; pulled = 0; blocks = 0;
-        ahead = load32(start + 4 * lane, end);
+        fetch(lane);
         __syncwarp();
         bring(lane);
         bring(lane);

@@ -1,16 +1,129 @@
 // Modes W and D (and Z and raw of segments without mode S): one warp a chunk; eight chunks of a segment a block, in
-// mode D sixteen, which share the slot tables in dynamic shared memory. Symbol n is word n, so a warp's step makes 32
-// words.
+// mode D twelve, which share the slot tables in dynamic shared memory. Symbol n is word n, so a warp's step makes 32
+// words. What bounds these kernels is how many instructions they issue, so eight steps at a time leave their symbols
+// in shared memory, and each lane then takes eight words that stand side by side through everything else.
 
-#define AHEAD 4u  // steps that mode D looks ahead
-#define DENSE_THREADS 512u
+#define DENSE_THREADS 384u
 #define DENSE_WARPS (DENSE_THREADS / 32)
 
-struct LaneShared { u16 rings[WARPS][4][128]; };
-struct DenseShared { u16 rings[DENSE_WARPS][128]; u8 class_of[256]; };
+#define GROUP_STEPS 8u
+#define GROUP_WORDS (32 * GROUP_STEPS)
+#define RING_WORDS 256u
+
+template <typename W> struct PlanesShared { u16 rings[WARPS][sizeof(W)][RING_WORDS]; u8 symbols[WARPS][sizeof(W)][GROUP_WORDS]; };
+struct DenseShared { u16 rings[DENSE_WARPS][RING_WORDS]; u8 symbols[DENSE_WARPS][GROUP_WORDS]; u8 class_of[256]; };
+
+// As `Words`, with 256 words in shared memory, so that four steps go by between two looks at what is left.
+struct Stream {
+    u16* ring;
+    const u32* from;  // this lane's next three aligned words
+    u32 left;         // aligned words from there to the end, or 0
+    u32 shift;        // of a lane's bytes in them
+    u32 bytes;        // of the stream
+    u32 taken;        // bytes taken out
+    u32 blocks;       // blocks of 128 words brought in
+    u32 ahead[3];
+    __device__ void fetch() {
+#pragma unroll
+        for (u32 i = 0; i < 3; i++) ahead[i] = i < left ? __ldg(from + i) : 0;
+        from += 64;
+        left = left > 64 ? left - 64 : 0;
+    }
+    __device__ void bring(u32 lane) {
+        u32* to = (u32*)ring + (blocks & 1) * 64 + 2 * lane;
+        // What lies behind the end is never taken by a stream that ends where it should.
+        to[0] = __funnelshift_r(ahead[0], ahead[1], shift);
+        to[1] = __funnelshift_r(ahead[1], ahead[2], shift);
+        blocks++;
+        fetch();
+        __syncwarp();
+    }
+    __device__ void open(u16* to, const u8* start, const u8* end, u32 lane) {
+        ring = to; bytes = (u32)(end - start); taken = 0; blocks = 0;
+        const u32* aligned = (const u32*)((u64)start & ~3ull);
+        u32 all = (u32)((u64)(end - (const u8*)aligned + 3) / 4);
+        shift = ((u32)(u64)start & 3) * 8;
+        from = aligned + 2 * lane;
+        left = all > 2 * lane ? all - 2 * lane : 0;
+        fetch();
+        __syncwarp();
+        bring(lane);
+        bring(lane);
+    }
+    // Before four steps.
+    __device__ void keep(u32 lane) {
+        if ((taken >> 8) + 2 > blocks) {
+            __syncwarp();
+            bring(lane);
+        }
+    }
+    __device__ u32 pull(bool needs, u32 state, u32 below) {
+        u32 who = __ballot_sync(ALL, needs);
+        u32 word = *(const u16*)((const u8*)ring + ((taken + 2 * __popc(who & below)) & (2 * RING_WORDS - 2)));
+        taken += 2 * __popc(who);
+        return needs ? state << 16 | word : state;
+    }
+    __device__ bool ended() const { return taken == bytes; }
+};
+
+// Eight words of a lane.
+template <typename W> struct Eight {
+    u32 parts[2 * sizeof(W)];
+    __device__ W word(u32 i) const { return (W)(parts[i * sizeof(W) / 4] >> (8 * (i * sizeof(W) % 4))); }
+};
+
+// `words` words of `from` from `first` on, zeros behind them. `aligned`: the first of eight lies at a multiple of 16.
+template <typename W>
+static __device__ Eight<W> load_eight(const W* from, u32 first, u32 words, bool aligned) {
+    Eight<W> made;
+    if (aligned && first + 8 <= words) {
+        const u32* at = (const u32*)(from + first);
+        if (sizeof(W) == 1) {
+            uint2 two = *(const uint2*)at;
+            made.parts[0] = two.x; made.parts[1] = two.y;
+        } else {
+#pragma unroll
+            for (u32 i = 0; i < (sizeof(W) + 1) / 2; i++) {
+                uint4 four = ((const uint4*)at)[i];
+                made.parts[4 * i] = four.x; made.parts[4 * i + 1] = four.y;
+                made.parts[4 * i + 2] = four.z; made.parts[4 * i + 3] = four.w;
+            }
+        }
+        return made;
+    }
+#pragma unroll
+    for (u32 i = 0; i < 2 * sizeof(W); i++) made.parts[i] = 0;
+#pragma unroll
+    for (u32 i = 0; i < 8; i++) {
+        if (first + i < words) made.parts[i * sizeof(W) / 4] |= (u32)from[first + i] << (8 * (i * sizeof(W) % 4));
+    }
+    return made;
+}
+
+template <typename W>
+static __device__ void store_eight(W* to, u32 first, u32 words, bool aligned, const Eight<W>& eight) {
+    if (aligned && first + 8 <= words) {
+        u32* at = (u32*)(to + first);
+        if (sizeof(W) == 1) {
+            *(uint2*)at = make_uint2(eight.parts[0], eight.parts[1]);
+        } else {
+#pragma unroll
+            for (u32 i = 0; i < (sizeof(W) + 1) / 2; i++) {
+                ((uint4*)at)[i] = make_uint4(eight.parts[4 * i], eight.parts[4 * i + 1], eight.parts[4 * i + 2],
+                                             eight.parts[4 * i + 3]);
+            }
+        }
+        return;
+    }
+#pragma unroll
+    for (u32 i = 0; i < 8; i++) {
+        if (first + i < words) to[first + i] = eight.word(i);
+    }
+}
 
 // Opens an entropy-coded part: 32 states, then words. False if it is too short or a state is out of range.
-static __device__ bool open_lanes(u32& state, Words& words, u16* ring, const u8* from, const u8* end, u32 lane) {
+template <typename S>
+static __device__ bool open_lanes(u32& state, S& words, u16* ring, const u8* from, const u8* end, u32 lane) {
     bool fits = end - from >= 128;
     state = fits ? load32(from + 4 * lane, end) : 0;
     words.open(ring, fits ? from + 128 : end, end, lane);
@@ -81,26 +194,137 @@ static __device__ void other_modes(const Work& work, Status* status, u32* bitmap
 
 // ---- mode W ------------------------------------------------------------------------------------
 
+// What decodes a plane: for each slot symbol | (frequency - 1) << 8 | (slot - first slot) << 20.
+struct PlaneCoder {
+    u32 state;
+    const u32* slots;
+    Stream stream;
+};
+
+// The entries of a list for all slots, 16 slots a thread.
+static __device__ void fill_full(u32* full, const u32* list, u32 thread) {
+    u32 count = __ldg(list), slot = 4096 / BLOCK_THREADS * thread, low = 0, high = count;
+    while (high - low > 1) {
+        u32 middle = (low + high) / 2;
+        if (__ldg(list + 1 + middle) >> 20 <= slot) low = middle; else high = middle;
+    }
+    u32 entry = __ldg(list + 1 + low), ends = (entry >> 20) + (entry >> 8 & 4095) + 1;
+    for (u32 i = 0; i < 4096 / BLOCK_THREADS; i++, slot++) {
+        if (slot >= ends) {
+            entry = __ldg(list + 1 + ++low);
+            ends = (entry >> 20) + (entry >> 8 & 4095) + 1;
+        }
+        full[slot] = (entry & 0xfffff) | (slot - (entry >> 20)) << 20;
+    }
+}
+
+// A group's symbols of one plane; with FULL there are 256 of them, else `left`.
+template <bool FULL>
+static __device__ void decode_group(PlaneCoder& coder, u8* symbols, u32 left, u32 lane, u32 below) {
+#pragma unroll
+    for (u32 step = 0; step < GROUP_STEPS; step++) {
+        if (step % 4 == 0) coder.stream.keep(lane);
+        bool active = FULL || 32 * step + lane < left;
+        u32 entry = coder.slots[coder.state & 4095], high = coder.state >> 12;
+        u32 x = (entry >> 8 & 4095) * high + high + (entry >> 20);
+        x = active ? x : coder.state;
+        symbols[32 * step + lane] = (u8)entry;
+        coder.state = coder.stream.pull(active && x < 65536, x, below);
+    }
+}
+
+// Eight bytes of a plane as it is, of which `left` are there.
+static __device__ uint2 raw_bytes(const u8* at, u32 left) {
+    const u8* end = at + (left < 8 ? left : 8);
+    return make_uint2(load32(at, end), load32(at + 4, end));
+}
+
+// Puts the planes of eight words together; `planes` has eight bytes of each.
+template <typename W>
+static __device__ Eight<W> join_planes(const uint2* planes, bool is_float) {
+    Eight<W> made;
+    if (sizeof(W) == 1) {
+        made.parts[0] = planes[0].x;
+        made.parts[1] = planes[0].y;
+    } else if (sizeof(W) == 2) {
+        made.parts[0] = __byte_perm(planes[1].x, planes[0].x, 0x5140);
+        made.parts[1] = __byte_perm(planes[1].x, planes[0].x, 0x7362);
+        made.parts[2] = __byte_perm(planes[1].y, planes[0].y, 0x5140);
+        made.parts[3] = __byte_perm(planes[1].y, planes[0].y, 0x7362);
+    } else {
+#pragma unroll
+        for (u32 half = 0; half < 2; half++) {
+            u32 parts[4];
+#pragma unroll
+            for (u32 p = 0; p < 4; p++) parts[p] = half ? planes[p % sizeof(W)].y : planes[p % sizeof(W)].x;
+#pragma unroll
+            for (u32 two = 0; two < 2; two++) {
+                u32 take = two ? 0x7362 : 0x5140;
+                u32 low = __byte_perm(parts[3], parts[2], take), high = __byte_perm(parts[1], parts[0], take);
+                made.parts[(4 * half + 2 * two) % (2 * sizeof(W))] = __byte_perm(low, high, 0x5410);
+                made.parts[(4 * half + 2 * two + 1) % (2 * sizeof(W))] = __byte_perm(low, high, 0x7632);
+            }
+        }
+    }
+    if (is_float) {
+        const u32 ones = sizeof(W) == 1 ? 0x01010101 : sizeof(W) == 2 ? 0x00010001 : 1, top = sizeof(W) * 8 - 1;
+#pragma unroll
+        for (u32 i = 0; i < 2 * sizeof(W); i++) {
+            u32 part = made.parts[i];
+            made.parts[i] = (part >> 1 & ~(ones << top)) | (part & ones) << top;
+        }
+    }
+    return made;
+}
+
+// The words of a chunk. MASK says which planes are coded (bit 0: the first), or with 0 `mask` does.
+template <typename W, u32 MASK>
+static __device__ void make_words(W* out, u32 words, bool is_float, PlaneCoder* coders, u8 (*symbols)[GROUP_WORDS],
+                                  const u8* const* bytes, u32 mask, u32 lane, u32 below) {
+    const u32 planes = sizeof(W);
+    bool aligned = ((u64)out & 15) == 0;
+    mask = MASK ? MASK : mask;
+    for (u32 first = 0; first < words; first += GROUP_WORDS) {
+        u32 left = words - first, own = first + 8 * lane;
+        uint2 parts[planes];
+        // On their way while the others are decoded.
+#pragma unroll
+        for (u32 p = 0; p < planes; p++) {
+            parts[p] = make_uint2(0, 0);
+            if (!(mask >> p & 1) && own < words) parts[p] = raw_bytes(bytes[p] + own, words - own);
+        }
+#pragma unroll
+        for (u32 p = 0; p < planes; p++) {
+            if (!(mask >> p & 1)) continue;
+            if (left >= GROUP_WORDS) decode_group<true>(coders[p], symbols[p], left, lane, below);
+            else decode_group<false>(coders[p], symbols[p], left, lane, below);
+        }
+        __syncwarp();
+#pragma unroll
+        for (u32 p = 0; p < planes; p++) {
+            if (mask >> p & 1) parts[p] = *(const uint2*)(symbols[p] + 8 * lane);
+        }
+        Eight<W> made = join_planes<W>(parts, is_float);
+        if (own < words) store_eight<W>(out, own, words, aligned, made);
+        __syncwarp();
+    }
+}
+
 template <typename W>
 static __device__ void decode_planes(const Segment* segments, u32 count, const u32* arena, u32 first_unit,
-                                     Status* status, u32* bitmap, u8* slots) {
+                                     Status* status, u32* bitmap, u32* slots) {
     const u32 planes = sizeof(W);
-    __shared__ LaneShared shared;
+    __shared__ PlanesShared<W> shared;
     u32 thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, below = (1u << lane) - 1;
     Work work = work_of(segments, count, first_unit, 4, WARPS);
     const Segment& segment = *work.segment;
-    // Per coded plane its entry for each of 4096 slots.
-    u32 coded = 0, tables[planes];
+    u32 coded = 0, coded_planes = 0;
 #pragma unroll
     for (u32 p = 0; p < planes; p++) {
-        tables[p] = segment.planes ? __ldg(arena + segment.planes + p) : 0;
-        if (!tables[p]) continue;
-        const u32* list = arena + tables[p];
-        u32* full = (u32*)slots + 4096 * coded++;
-        for (u32 e = thread; e < __ldg(list); e += BLOCK_THREADS) {
-            u32 entry = __ldg(list + 1 + e), from = entry >> 20, length = (entry >> 8 & 4095) + 1;
-            for (u32 i = 0; i < length; i++) full[from + i] = entry;
-        }
+        u32 table = segment.planes ? __ldg(arena + segment.planes + p) : 0;
+        if (!table) continue;
+        coded_planes |= 1u << p;
+        fill_full(slots + 4096 * coded++, arena + table, thread);
     }
     __syncthreads();
     u32 chunk = (first_unit + blockIdx.x - segment.first) * WARPS + warp;
@@ -110,25 +334,22 @@ static __device__ void decode_planes(const Segment* segments, u32 count, const u
         return;
     }
     const u8 *at = work.payload.start + 1, *end = work.payload.end, *bytes[planes];
-    u32 states[planes];
-    Words words[planes];
-    const u32* slot_words[planes];
+    PlaneCoder coders[planes];
     bool good = true;
     coded = 0;
 #pragma unroll
     for (u32 p = 0; p < planes; p++) {
-        states[p] = 65536;
-        slot_words[p] = (const u32*)slots;
+        coders[p].state = 65536;
         bytes[p] = at;
-        if (!tables[p]) {
+        if (!(coded_planes >> p & 1)) {
             good = good && (u64)(end - at) >= work.words;
             at = good ? at + work.words : at;
         } else {
             const u8 *from = at, *to = at;
             good = good && take_part(at, end, from, to);
             if (!good) from = to = at;
-            slot_words[p] += 4096 * coded++;
-            good = open_lanes(states[p], words[p], shared.rings[warp][p], from, to, lane) && good;
+            coders[p].slots = slots + 4096 * coded++;
+            good = open_lanes(coders[p].state, coders[p].stream, shared.rings[warp][p], from, to, lane) && good;
         }
     }
     if (!good || at != end) {
@@ -137,41 +358,17 @@ static __device__ void decode_planes(const Segment* segments, u32 count, const u
     }
     W* out = (W*)segment.out + work.first;
     bool is_float = segment.flags & IS_FLOAT;
-    // Raw bytes are on their way a few steps ahead.
-    const u32 ahead = planes == 4 ? 2 : 8;
-    u8 next[ahead][planes];
-#pragma unroll
-    for (u32 i = 0; i < ahead; i++) {
-#pragma unroll
-        for (u32 p = 0; p < planes; p++) {
-            u32 n = 32 * i + lane;
-            next[i][p] = !tables[p] && n < work.words ? __ldg(bytes[p] + n) : 0;
-        }
-    }
-    for (u32 from = 0; from < work.words; from += 32 * ahead) {
-#pragma unroll
-        for (u32 i = 0; i < ahead; i++) {
-            if (from + 32 * i >= work.words) break;
-            u32 n = from + 32 * i + lane, word = 0;
-            bool active = n < work.words;
-#pragma unroll
-            for (u32 p = 0; p < planes; p++) {
-                u32 byte;
-                if (tables[p]) {
-                    byte = step_lane(states[p], words[p], slot_words[p][states[p] & 4095], active, lane, below);
-                } else {
-                    u32 later = n + 32 * ahead;
-                    byte = next[i][p];
-                    next[i][p] = later < work.words ? __ldg(bytes[p] + later) : 0;
-                }
-                word |= byte << (8 * (planes - 1 - p));
-            }
-            if (active) out[n] = is_float ? rotated_right<W>((W)word) : (W)word;
-        }
+    u8 (*symbols)[GROUP_WORDS] = shared.symbols[warp];
+    if (coded_planes == 1) {
+        make_words<W, 1>(out, work.words, is_float, coders, symbols, bytes, coded_planes, lane, below);
+    } else {
+        make_words<W, 0>(out, work.words, is_float, coders, symbols, bytes, coded_planes, lane, below);
     }
 #pragma unroll
     for (u32 p = 0; p < planes; p++) {
-        if (tables[p] && (!__all_sync(ALL, states[p] == 65536) || words[p].rest() != words[p].end)) good = false;
+        if (!(coded_planes >> p & 1)) continue;
+        const PlaneCoder& coder = coders[p];
+        if (!__all_sync(ALL, coder.state == 65536) || !coder.stream.ended()) good = false;
     }
     if (!good && lane == 0) fail(status, LEFT_OVER, work.number);
 }
@@ -235,21 +432,26 @@ static __device__ Predicted<W> predict(const Segment& segment, u32 block, u32 la
     return made;
 }
 
-// Raw bits of a chunk that a warp reads in order: 64 words, two a lane, the second half on its way.
+// Raw bits of a chunk that a warp reads in order: 64 aligned words, two a lane, the second half on its way.
 struct RawBits {
-    const u8 *start, *end;
-    u32 first, held, ahead;
+    const u32 *start, *end;
+    u32 skipped, first, held, ahead;
+    __device__ u32 word(u32 i) const { return start + i < end ? __ldg(start + i) : 0; }
     __device__ void open(const u8* from, const u8* to, u32 lane) {
-        start = from; end = to; first = 0;
-        held = load32(start + 4 * lane, end);
-        ahead = load32(start + 4 * lane + 128, end);
+        start = (const u32*)((u64)from & ~3ull);
+        end = (const u32*)(((u64)to + 3) & ~3ull);
+        skipped = ((u32)(u64)from & 3) * 8;
+        first = 0;
+        held = word(lane);
+        ahead = word(lane + 32);
     }
-    // The 32 bits from `bit` on, which never goes back.
+    // The 32 bits from `bit` on, which never goes back; what lies behind the end is not bits of the chunk.
     __device__ u32 from(u32 bit, u32 lane) {
+        bit += skipped;
         while (bit / 32 - first >= 32) {
             first += 32;
             held = ahead;
-            ahead = load32(start + 4ull * (first + 32 + lane), end);
+            ahead = word(first + 32 + lane);
         }
         u32 word = bit / 32 - first;
         u32 low = __shfl_sync(ALL, held, word), high = __shfl_sync(ALL, word < 31 ? held : ahead, (word + 1) & 31);
@@ -257,12 +459,158 @@ struct RawBits {
     }
 };
 
+// A block's tables of mode D.
+struct DenseTables { const u8* slots; const u32* entries; const u8* class_of; };
+
+// The words of a chunk against a quantized base; its raw bits start at `at`, its word stream ends at `to`.
+template <typename W>
+static __device__ void quantized_words(const Work& work, const DenseTables& tables, u32 state, Words words,
+                                       const u8* at, const u8* to, W* out, Status* status, u32 lane) {
+    const u32 bits = sizeof(W) * 8, below = (1u << lane) - 1;
+    const Segment& segment = *work.segment;
+    const u8* end = work.payload.end;
+    bool is_float = segment.flags & IS_FLOAT, fits = true;
+    u32 raw = 0;
+    RawBits raw_bits;
+    raw_bits.open(at, end, lane);
+    for (u32 step = 0; step < work.words; step += 32) {
+        u32 n = step + lane;
+        bool active = n < work.words;
+        Predicted<W> predicted = predict<W>(segment, (work.first + step) / 32, lane);
+        u32 c = tables.class_of[predicted.key];
+        u32 entry = tables.entries[256 * c + tables.slots[4096 * c + (state & 4095)]];
+        u32 symbol = step_lane(state, words, entry, active, lane, below), least, width;
+        bool changed = active && symbol != 0;
+        fits = (magnitude(symbol, bits, least, width) || !changed) && fits;
+        u32 who = __ballot_sync(ALL, changed), prefix = __popc(who & below), all = __popc(who), sign;
+        if (!__any_sync(ALL, changed && width)) {
+            sign = raw_bits.from(raw, lane) >> prefix & 1;
+        } else {
+            u32 own = changed ? width + 1 : 0, sums = scan(own, lane), bit = raw + sums - own;
+            const u8* p = at + (bit >> 3);
+            u32 shift = bit & 7, low = load32(p, end), high = load32(p + 4, end);
+            sign = low >> shift & 1;
+            least += low_bits(__funnelshift_r(low, high, shift + 1), width);
+            all = __shfl_sync(ALL, sums, 31);
+        }
+        u32 change = !changed ? 0 : sign ? 0u - least : least;
+        raw += all;
+        if (!active) continue;
+        out[n] = predicted.key < 4 ? rotated_right<W>((W)(change + predicted.pivot))
+                                   : stepped<W>(predicted.word, (W)change, is_float);
+    }
+    bool ended = __all_sync(ALL, state == 65536) && words.rest() == to, good = __all_sync(ALL, fits);
+    if (lane == 0) {
+        if (!good) fail(status, MAGNITUDE, work.number);
+        else if (!ended || at + (raw + 7) / 8 != end) fail(status, LEFT_OVER, work.number);
+    }
+}
+
+// Raw bits of a magnitude symbol.
+static __device__ u32 width_of(u32 symbol) { return symbol < 32 ? 0 : (symbol >> 3) - 2; }
+
+// Raw bits of a chunk that lanes read where they like.
+struct FarBits {
+    const u32 *start, *end;
+    u32 skipped;
+    __device__ FarBits(const u8* from, const u8* to) {
+        start = (const u32*)((u64)from & ~3ull);
+        end = (const u32*)(((u64)to + 3) & ~3ull);
+        skipped = ((u32)(u64)from & 3) * 8;
+    }
+    // The 64 bits from `bit` on; what lies behind the end is not bits of the chunk.
+    __device__ uint2 from(u32 bit) const {
+        bit += skipped;
+        const u32* at = start + (bit >> 5);
+        u32 words[3];
+#pragma unroll
+        for (u32 i = 0; i < 3; i++) words[i] = at + i < end ? __ldg(at + i) : 0;
+        return make_uint2(__funnelshift_r(words[0], words[1], bit & 31), __funnelshift_r(words[1], words[2], bit & 31));
+    }
+};
+
+// The words of a chunk; its raw bits start at `at`. `buffer` has a byte for every word of a group: its class, then its symbol.
+template <typename W>
+static __device__ void dense_words(const Work& work, const DenseTables& tables, u32 state, Stream& stream, u8* buffer,
+                                   const u8* at, W* out, const W* base, Status* status, u32 lane) {
+    const u32 bits = sizeof(W) * 8, below = (1u << lane) - 1;
+    // How many words' bits are sure to fit into 64.
+    const u32 at_once = sizeof(W) == 4 ? 2 : sizeof(W) == 2 ? 4 : 8;
+    const Segment& segment = *work.segment;
+    u32 words = work.words, key_shift = segment.key_shift, key_mask = segment.key_mask, raw = 0, largest = 0;
+    bool is_float = segment.flags & IS_FLOAT, aligned = (((u64)base | (u64)out) & 15) == 0;
+    FarBits far_bits(at, work.payload.end);
+    // Words of 32 bits are not brought in ahead: registers.
+    const bool looks_ahead = sizeof(W) < 4;
+    Eight<W> next;
+    if (looks_ahead) next = load_eight<W>(base, 8 * lane, words, aligned);
+    for (u32 first = 0; first < words; first += GROUP_WORDS) {
+        Eight<W> own = looks_ahead ? next : load_eight<W>(base, first + 8 * lane, words, aligned);
+        u32 classes[2] = { 0, 0 };
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) {
+            classes[i / 4] |= (u32)tables.class_of[(u32)own.word(i) >> key_shift & key_mask] << (8 * (i % 4));
+        }
+        ((uint2*)buffer)[lane] = make_uint2(classes[0], classes[1]);
+        __syncwarp();
+        if (looks_ahead) next = load_eight<W>(base, first + GROUP_WORDS + 8 * lane, words, aligned);
+        u32 left = words - first;
+#pragma unroll
+        for (u32 step = 0; step < GROUP_STEPS; step++) {
+            if (step % 4 == 0) stream.keep(lane);
+            u32 n = 32 * step + lane, c = buffer[n], slot = state & 4095, high = state >> 12;
+            bool active = n < left;
+            u32 entry = tables.entries[256 * c + tables.slots[4096 * c + slot]];
+            u32 x = (entry >> 8 & 4095) * high + high + slot - (entry >> 20);
+            x = active ? x : state;
+            buffer[n] = active ? (u8)entry : 0;
+            state = stream.pull(active && x < 65536, x, below);
+        }
+        __syncwarp();
+        uint2 symbols = ((const uint2*)buffer)[lane];
+        __syncwarp();
+        // How many raw bits each lane's words have.
+        u32 sum = 0;
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) {
+            u32 symbol = (i < 4 ? symbols.x : symbols.y) >> (8 * (i % 4)) & 255;
+            sum += symbol ? 1 + width_of(symbol) : 0;
+            largest = max(largest, symbol);
+        }
+        u32 sums = scan(sum, lane), bit = raw + sums - sum;
+        raw += __shfl_sync(ALL, sums, 31);
+        uint2 held = make_uint2(0, 0);
+        Eight<W> made;
+#pragma unroll
+        for (u32 i = 0; i < 2 * sizeof(W); i++) made.parts[i] = 0;
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) {
+            if (i % at_once == 0) held = far_bits.from(bit);
+            u32 symbol = (i < 4 ? symbols.x : symbols.y) >> (8 * (i % 4)) & 255, width = width_of(symbol);
+            u32 least = symbol < 32 ? symbol : (8 | (symbol & 7)) << (width & 31);
+            u32 size = least + low_bits(held.x >> 1, width), used = symbol ? 1 + width : 0;
+            W step = (W)(held.x & 1 ? 0u - size : size);
+            made.parts[i * sizeof(W) / 4] |= (u32)stepped<W>(own.word(i), step, is_float) << (8 * (i * sizeof(W) % 4));
+            held.x = __funnelshift_r(held.x, held.y, used);
+            held.y >>= used & 31;
+            bit += used;
+        }
+        if (8 * lane < left) store_eight<W>(out, first + 8 * lane, words, aligned, made);
+    }
+    bool ended = __all_sync(ALL, state == 65536) && stream.ended();
+    // The least magnitude that a word does not hold has this symbol.
+    bool good = __all_sync(ALL, largest < 32 + 8 * (bits - 5));
+    if (lane == 0) {
+        if (!good) fail(status, MAGNITUDE, work.number);
+        else if (!ended || at + (raw + 7) / 8 != work.payload.end) fail(status, LEFT_OVER, work.number);
+    }
+}
+
 template <typename W>
 static __device__ void decode_dense(const Segment* segments, u32 count, const u32* arena, u32 first_unit,
                                     Status* status, u32* bitmap, u8* slots) {
-    const u32 bits = sizeof(W) * 8;
     __shared__ DenseShared shared;
-    u32 thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, below = (1u << lane) - 1;
+    u32 thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
     Work work = work_of(segments, count, first_unit, 3, DENSE_WARPS);
     const Segment& segment = *work.segment;
     const u32* tables = arena + segment.dense;
@@ -294,72 +642,20 @@ static __device__ void decode_dense(const Segment* segments, u32 count, const u3
     const u8 *at = work.payload.start + 1, *end = work.payload.end, *from = at, *to = at;
     bool good = take_part(at, end, from, to);
     if (!good) from = to = at = end;
+    DenseTables tables_here = { slots, entries, shared.class_of };
     u32 state;
-    Words words;
-    good = open_lanes(state, words, shared.rings[warp], from, to, lane) && good;
-    if (!good) {
-        if (lane == 0) fail(status, ENDS_EARLY, work.number);
-        return;
-    }
-    bool is_float = segment.flags & IS_FLOAT, fits = true;
-    u32 key_shift = segment.key_shift, key_mask = segment.key_mask;
-    u32 raw = 0;
-    RawBits raw_bits;
-    raw_bits.open(at, end, lane);
-    // The base's words are on their way a few steps ahead.
-    W next[AHEAD];
-#pragma unroll
-    for (u32 i = 0; i < AHEAD; i++) next[i] = !quant && 32 * i + lane < work.words ? base[32 * i + lane] : 0;
-    for (u32 from_word = 0; from_word < work.words; from_word += 32 * AHEAD) {
-#pragma unroll
-        for (u32 i = 0; i < AHEAD; i++) {
-            u32 step = from_word + 32 * i;
-            if (step >= work.words) break;
-            u32 n = step + lane, key;
-            bool active = n < work.words;
-            W old;
-            Predicted<W> predicted;
-            if (quant) {
-                predicted = predict<W>(segment, (work.first + step) / 32, lane);
-                key = predicted.key;
-                old = predicted.word;
-            } else {
-                old = next[i];
-                next[i] = n + 32 * AHEAD < work.words ? base[n + 32 * AHEAD] : 0;
-                key = (u32)old >> key_shift & key_mask;
-            }
-            u32 c = shared.class_of[key];
-            u32 entry = entries[256 * c + slots[4096 * c + (state & 4095)]];
-            u32 symbol = step_lane(state, words, entry, active, lane, below), least, width;
-            bool changed = active && symbol != 0;
-            fits = (magnitude(symbol, bits, least, width) || !changed) && fits;
-            u32 who = __ballot_sync(ALL, changed), prefix = __popc(who & below), all = __popc(who), sign;
-            if (!__any_sync(ALL, changed && width)) {
-                sign = raw_bits.from(raw, lane) >> prefix & 1;
-            } else {
-                u32 own = changed ? width + 1 : 0, sums = scan(own, lane), bit = raw + sums - own;
-                const u8* p = at + (bit >> 3);
-                u32 shift = bit & 7, low = load32(p, end), high = load32(p + 4, end);
-                sign = low >> shift & 1;
-                least += low_bits(__funnelshift_r(low, high, shift + 1), width);
-                all = __shfl_sync(ALL, sums, 31);
-            }
-            W made = old;
-            if (changed || quant) {
-                u32 change = !changed ? 0 : sign ? 0u - least : least;
-                if (quant && predicted.key < 4) made = rotated_right<W>((W)(change + predicted.pivot));
-                else made = stepped<W>(old, (W)change, is_float);
-            }
-            raw += all;
-            if (active) out[n] = made;
+    if (quant) {
+        Words words;
+        good = open_lanes(state, words, shared.rings[warp], from, to, lane) && good;
+        if (good) quantized_words<W>(work, tables_here, state, words, at, to, out, status, lane);
+    } else {
+        Stream stream;
+        good = open_lanes(state, stream, shared.rings[warp], from, to, lane) && good;
+        if (good) {
+            dense_words<W>(work, tables_here, state, stream, shared.symbols[warp], at, out, base, status, lane);
         }
     }
-    bool ended = __all_sync(ALL, state == 65536) && words.rest() == to;
-    if (!__all_sync(ALL, fits)) good = false;
-    if (lane == 0) {
-        if (!good) fail(status, MAGNITUDE, work.number);
-        else if (!ended || at + (raw + 7) / 8 != end) fail(status, LEFT_OVER, work.number);
-    }
+    if (!good && lane == 0) fail(status, ENDS_EARLY, work.number);
 }
 
 // ---- checks ------------------------------------------------------------------------------------
@@ -396,21 +692,28 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) tpde_whole(u64 to, u
     for (u64 i = done + thread; i < bytes; i += threads) ((u8*)to)[i] = from ? ((const u8*)from)[i] : 0;
 }
 
-#define LANES_KERNEL(NAME, DECODE, W, THREADS, BLOCKS)                                                               \
+#define LANES_KERNEL(NAME, DECODE, W, T, THREADS, BLOCKS)                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                    \
     NAME(const Segment* segments, u32 count, const u32* arena, u32 first_unit, Status* status, u32* bitmap) {        \
-        DECODE<W>(segments, count, arena, first_unit, status, bitmap, (u8*)dynamic_shared);                          \
+        DECODE<W>(segments, count, arena, first_unit, status, bitmap, (T*)dynamic_shared);                           \
     }
-// Shared memory for two blocks of mode D, where there is so much.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+// Two blocks of mode D, where registers and shared memory are enough.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 #define DENSE_BLOCKS 1
 #else
 #define DENSE_BLOCKS 2
 #endif
 
-LANES_KERNEL(tpde_planes_8, decode_planes, u8, BLOCK_THREADS, 3)
-LANES_KERNEL(tpde_planes_16, decode_planes, u16, BLOCK_THREADS, 3)
-LANES_KERNEL(tpde_planes_32, decode_planes, u32, BLOCK_THREADS, 3)
-LANES_KERNEL(tpde_dense_8, decode_dense, u8, DENSE_THREADS, DENSE_BLOCKS)
-LANES_KERNEL(tpde_dense_16, decode_dense, u16, DENSE_THREADS, DENSE_BLOCKS)
-LANES_KERNEL(tpde_dense_32, decode_dense, u32, DENSE_THREADS, DENSE_BLOCKS)
+// Only here do four blocks' registers hold what mode W needs for words of 16 bits.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+#define PLANES_BLOCKS 4
+#else
+#define PLANES_BLOCKS 3
+#endif
+
+LANES_KERNEL(tpde_planes_8, decode_planes, u8, u32, BLOCK_THREADS, 4)
+LANES_KERNEL(tpde_planes_16, decode_planes, u16, u32, BLOCK_THREADS, PLANES_BLOCKS)
+LANES_KERNEL(tpde_planes_32, decode_planes, u32, u32, BLOCK_THREADS, 2)
+LANES_KERNEL(tpde_dense_8, decode_dense, u8, u8, DENSE_THREADS, DENSE_BLOCKS)
+LANES_KERNEL(tpde_dense_16, decode_dense, u16, u8, DENSE_THREADS, DENSE_BLOCKS)
+LANES_KERNEL(tpde_dense_32, decode_dense, u32, u8, DENSE_THREADS, DENSE_BLOCKS)
