@@ -2,12 +2,14 @@
 
 Deterministic algorithms are on. Each workload's baseline is first held against itself; then everything is
 offloaded, and then everything that has a recipe is rebuilt. Wants ``PYTHONPATH=python/tests``. Adds ``storm.bit_identical`` to
-``bench/results/storm_limit.json``: the number of steps that were compared stands in its note.
+``bench/results/storm_limit.json`` once all are done: the number of steps that were compared stands in its note.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import multiprocessing
 import os
 import time
 import traceback
@@ -21,6 +23,8 @@ from workloads import BUILDERS
 
 from common import row, write_results
 from overspill import Storm
+
+LONG = ("blocks", "t5", "compiled", "moe", "lora", "gpt2", "llama", "gan")
 
 
 def workload(name: str, device: str, steps: int) -> str | None:
@@ -63,15 +67,38 @@ def blocks(device: str, width: int, steps: int) -> str | None:
                     return f"budget of saved / {divisor}: step {n}"
         storm.close()
         units = storm.report()["units"]
-        print(f"    saved / {divisor}: {units} {sorted({s[0] for s in storm._proved.values()})}", flush=True)
+        print(
+            f"    saved / {divisor}: {units} {sorted({s[0] for s in storm._proofs.proved.values()})}",
+            flush=True,
+        )
     return None
+
+
+def compare(name: str, device: str, steps: int) -> str | None:
+    """How a case differs, in a process of its own; None if it does not."""
+    torch.set_num_threads(1)
+    try:
+        return blocks(device, 1024, steps) if name == "blocks" else workload(name, device, steps)
+    except Exception as error:
+        traceback.print_exc()
+        return repr(error)[:200]
+
+
+def note_of(steps: int, same: list[str], failed: dict[str, str], left: int) -> str:
+    """What was compared, in words."""
+    return (
+        f"{steps} steps each, deterministic algorithms, offloading all and rebuilding all, loss and every "
+        f"gradient: {len(same)} of {len(same) + len(failed)} workloads have the same bits: {', '.join(sorted(same))}"
+        + (f"; failed: {failed}" if failed else "")
+        + (f"; not run: {left}" if left else "")
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=1e9, help="begin no workload after this time")
+    parser.add_argument("--jobs", type=int, default=1, help="processes; each compares one workload at a time")
     parser.add_argument("--only", nargs="*", default=["blocks", *BUILDERS], help="blocks needs a GPU")
     parser.add_argument("--name", default="storm_limit")
     options = parser.parse_args()
@@ -79,36 +106,24 @@ def main() -> None:
     begin = time.perf_counter()
     same: list[str] = []
     failed: dict[str, str] = {}
-    cases = []
-    for name in options.only:
-        if name == "blocks":
-            cases.append(("Llama blocks h=1024", lambda: blocks(options.device, 1024, options.steps)))
-        else:
-            cases.append((name, lambda name=name: workload(name, options.device, options.steps)))
-    for name, compare in cases:
-        if time.perf_counter() - begin > options.seconds:
-            break
-        try:
-            difference = compare()
-        except Exception as error:
-            traceback.print_exc()
-            difference = repr(error)[:200]
-        print(f"{name}: {difference or 'same bits'} at {time.perf_counter() - begin:.1f} s", flush=True)
-        if difference is None:
-            same.append(name)
-        else:
-            failed[name] = difference
-        note = (
-            f"{options.steps} steps each, deterministic algorithms, offloading all and rebuilding all, loss and every "
-            f"gradient: {len(same)} of {len(same) + len(failed)} workloads have the same bits: {', '.join(same)}"
-            + (f"; failed: {failed}" if failed else "")
-            + (f"; not run: {len(cases) - len(same) - len(failed)}")
-        )
-        rows = [r for r in earlier_rows(options.name) if r["id"] != "storm.bit_identical"]
-        share = len(same) / (len(same) + len(failed))
-        write_results(
-            options.name, with_worst([*rows, row("storm.bit_identical", share, "share", note=note)])
-        )
+    # The longest first, or one of them runs alone at the end.
+    names = sorted(options.only, key=lambda name: (name not in LONG, name))
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
+        running = {pool.submit(compare, name, options.device, options.steps): name for name in names}
+        for done in concurrent.futures.as_completed(running):
+            name, difference = running[done], done.result()
+            print(f"{name}: {difference or 'same bits'} at {time.perf_counter() - begin:.1f} s", flush=True)
+            if difference is None:
+                same.append(name)
+            else:
+                failed[name] = difference
+            left = len(names) - len(same) - len(failed)
+            share = len(same) / (len(same) + len(failed))
+            which = "storm.bit_identical" if left == 0 else "storm_limit.bit_identical_so_far"
+            mine = row(which, share, "share", note=note_of(options.steps, same, failed, left))
+            rows = [r for r in earlier_rows(options.name) if "bit_identical" not in r["id"]]
+            write_results(options.name, with_worst([*rows, mine]))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,36 @@ from . import _native
 from .errors import DeviceError
 
 
+class _Known:
+    """A number that the host knows."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def is_known(self) -> bool:
+        return True
+
+    def value(self) -> int:
+        return self._number
+
+
+class _Coming:
+    """A number on its way from the device."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(tensor.device))
+
+    def is_known(self) -> bool:
+        return self._event.query()
+
+    def value(self) -> int:
+        self._event.synchronize()
+        return int(self._host.item())
+
+
 @dataclass
 class CpuEdge:
     """The device tier is the process's own RAM; there is one stream, the calling thread."""
@@ -56,6 +86,10 @@ class CpuEdge:
 
     def synchronize(self) -> None:
         """Waits until the device has passed every mark."""
+
+    def to_host(self, number: torch.Tensor) -> _Known | _Coming:
+        """The value of a tensor of one number, once the current stream has come here."""
+        return _Known(int(number.item()))
 
     def free_bytes(self) -> int:
         """Bytes that a process can still take."""
@@ -123,6 +157,10 @@ class CudaEdge:
     def synchronize(self) -> None:
         """Waits until the device has passed every mark."""
         torch.cuda.synchronize(self.device)
+
+    def to_host(self, number: torch.Tensor) -> _Known | _Coming:
+        """The value of a tensor of one number, once the current stream has come here."""
+        return _Coming(number)
 
     def free_bytes(self) -> int:
         """Bytes that the driver says are free, with those that torch has cached."""

@@ -12,6 +12,7 @@ __all__ = [
     "DjinnPool",
     "Engine",
     "HostMemory",
+    "LinkCodec",
     "Onboarding",
     "Planner",
     "Slot",
@@ -262,6 +263,55 @@ class HostMemory:
         """
 
 @final
+class LinkCodec:
+    """
+    Packs 16-bit floats for a copy over a link and back, without loss.
+    """
+    def __new__(cls, /, ordinal: SupportsIndex | None = None) -> LinkCodec:
+        """
+        The codec of CUDA device `ordinal`, its kernels compiled; without one, the reference codec of the host.
+        """
+    @staticmethod
+    def bound_bytes(nbytes: SupportsIndex) -> int:
+        """
+        Most bytes of a code of `nbytes`.
+        """
+    @staticmethod
+    def code_bytes(nbytes: SupportsIndex, units: SupportsIndex) -> int:
+        """
+        Bytes of a code of `nbytes` whose counter says `units`.
+        """
+    def decode(
+        self,
+        /,
+        words: SupportsIndex,
+        nbytes: SupportsIndex,
+        is_half: bool,
+        code: SupportsIndex,
+        code_bytes: SupportsIndex,
+        status: SupportsIndex,
+        stream: SupportsIndex,
+    ) -> None:
+        """
+        Makes `nbytes` at `words` of the `code_bytes` at `code`, behind what `stream` has been given. The 32-bit
+        `status` becomes other than 0 if this is no code.
+        """
+    def encode(
+        self,
+        /,
+        words: SupportsIndex,
+        nbytes: SupportsIndex,
+        is_half: bool,
+        code: SupportsIndex,
+        counter: SupportsIndex,
+        stream: SupportsIndex,
+    ) -> None:
+        """
+        Codes `nbytes` at `words` into `bound_bytes` at `code`, both on 16 bytes, and adds the payload's length
+        in 16 bytes to the 32-bit `counter`, behind what `stream` has been given. `is_half`: fp16, not bf16.
+        """
+
+@final
 class Onboarding:
     """
     A slot on its way back.
@@ -277,7 +327,7 @@ class Planner:
     Decides for each saved piece of storage; see `overspill_storm::Planner`.
 
     `allocated_bytes` and `peak_bytes` are what is allocated on the device now and was at most since
-    the call before. An action is 0 to keep, 1 to offload, 2 to rebuild.
+    the call before. An action is 0 to keep, 1 to offload, 2 to rebuild, 3 to compress and offload.
     """
     def __new__(
         cls,
@@ -394,12 +444,17 @@ class Planner:
         /,
         times_us: SupportsGetItem[int, SupportsFloat | SupportsIndex],
         costs_us: SupportsGetItem[int, tuple[SupportsIndex, SupportsFloat | SupportsIndex]],
+        coded: SupportsGetItem[
+            int,
+            tuple[SupportsIndex, SupportsIndex, SupportsFloat | SupportsIndex, SupportsFloat | SupportsIndex],
+        ],
         offload_gbps: SupportsFloat | SupportsIndex,
         onboard_gbps: SupportsFloat | SupportsIndex,
     ) -> None:
         """
         Device times of the recorded step that has just ended, one an event, in microseconds; of the
-        rebuilds in it, `(unit, microseconds)`; and the speed of the link in 1e9 bytes a second.
+        rebuilds in it, `(unit, microseconds)`; of the link codec, `(unit, bytes, microseconds to encode, to
+        decode)`; and the speed of the link in 1e9 bytes a second.
         """
 
 @final

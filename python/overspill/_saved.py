@@ -9,6 +9,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 if TYPE_CHECKING:
+    from ._link import Code
     from ._native import Onboarding, Slot
     from ._recipes import Recipe
     from .storm import Storm
@@ -25,13 +26,13 @@ class Unit:
     gates of an LSTM cell are ``unsafe_chunk``s, each written in place after its sibling was saved).
 
     Its bytes are on the device (``source``: not gone yet; ``buffer``: brought back or rebuilt), in
-    ``slot``, both, or nowhere, and then ``recipe`` makes them. It dies with the last :class:`Saved`
-    that refers to it.
+    ``slot``, both, or nowhere, and then ``recipe`` makes them. If it has a ``code``, that is what the slot
+    holds. It dies with the last :class:`Saved` that refers to it.
     """
 
     __slots__ = (
-        "__weakref__", "_counter", "_probe", "buffer", "buffer_ref", "id", "nbytes", "onboarding", "pending",
-        "recipe", "round", "saves", "slot", "source", "start", "storage_ref", "storm", "stream", "version",
+        "__weakref__", "_counter", "_probe", "buffer", "buffer_ref", "code", "id", "is_kept", "is_leaving",
+        "nbytes", "onboarding", "pending", "recipe", "round", "saves", "slot", "source", "start", "storage_ref", "storm", "stream", "version",
     )  # fmt: skip
 
     def __init__(
@@ -52,7 +53,11 @@ class Unit:
         self.version = tensor._version
         self._counter: torch.Tensor | None = tensor.detach()
         self._probe: torch.Tensor | None = None
+        self.is_kept = False
+        # Whether memory that it came with, or its code's, has yet to be given up.
+        self.is_leaving = False
         self.recipe: Recipe | None = None
+        self.code: Code | None = None
         self.slot: Slot | None = None
         self.source: torch.UntypedStorage | None = None
         self.buffer: torch.UntypedStorage | None = None

@@ -7,6 +7,7 @@ marks are its cost.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 from ._edge import Edge
@@ -21,7 +22,7 @@ class Timeline:
     def __init__(self, edge: Edge) -> None:
         self._edge = edge
         self._events: list[Any] = []
-        self._own: list[tuple[int, Any, Any, int | None]] = []
+        self._own: list[tuple[int, Any, Any, Hashable]] = []
 
     def event(self) -> None:
         """The planner counted an event."""
@@ -32,26 +33,26 @@ class Timeline:
         """Work of overspill's own begins on the current stream."""
         return self._edge.mark()
 
-    def end(self, begin: Any, unit: int | None = None) -> None:
-        """It ends; it was the cost of ``unit``'s recipe, or nobody's."""
+    def end(self, begin: Any, what: Hashable = None) -> None:
+        """It ends; it was the cost of ``what``, or of nothing that is asked for."""
         if len(self._own) < _MOST:
-            self._own.append((len(self._events), begin, self._edge.mark(), unit))
+            self._own.append((len(self._events), begin, self._edge.mark(), what))
 
-    def close(self) -> tuple[list[float], dict[int, float]]:
-        """Microseconds of the events since the first, and of the recipes by unit; begins anew.
+    def close(self) -> tuple[list[float], dict[Hashable, float]]:
+        """Microseconds of the events since the first, and of what was named; begins anew.
 
         Waits for the device.
         """
         self._edge.synchronize()
         events, own = self._events, self._own
         self._events, self._own = [], []
-        costs: dict[int, float] = {}
+        costs: dict[Hashable, float] = {}
         taken = [0.0] * (len(events) + 1)
-        for index, begin, end, unit in own:
+        for index, begin, end, what in own:
             us = self._edge.between_us(begin, end)
             taken[index] += us
-            if unit is not None:
-                costs[unit] = costs.get(unit, 0.0) + us
+            if what is not None:
+                costs[what] = costs.get(what, 0.0) + us
         times: list[float] = []
         total = 0.0
         for index, event in enumerate(events):

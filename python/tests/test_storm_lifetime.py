@@ -298,7 +298,7 @@ def test_nothing_grows_over_a_thousand_steps() -> None:
         def state() -> tuple[int, ...]:
             storm.close()
             report = storm.report()
-            tables = len(storm._by_storage) + len(storm._leaving) + len(storm._units)
+            tables = len(storm._by_storage) + len(storm._transfers.leaving) + len(storm._units)
             return (
                 report["pool"]["bytes_reserved"],
                 report["pool"]["bytes_in_use"],

@@ -134,7 +134,7 @@ def test_products_are_rebuilt(shape: tuple[int, ...]) -> None:
         assert all(all(map(torch.equal, want, grads(n))) for n, want in enumerate(expected))
     # The first layer's input needs no gradient, so the weight that made its output was not saved.
     assert rebuilt(storm) == 4 * (3 + 3)
-    assert {signature[0] for signature in storm._proved.values()} == {"MmBackward0", "SiluBackward0"}
+    assert {signature[0] for signature in storm._proofs.proved.values()} == {"MmBackward0", "SiluBackward0"}
 
 
 def test_a_product_with_what_is_not_the_models_is_not_rebuilt() -> None:
@@ -171,7 +171,7 @@ def test_casts_of_16_bit_values_are_kept_as_16_bit() -> None:
     expected = [grads(n) for n in range(4)]
     with rebuild_everything(model) as storm:
         assert all(all(map(torch.equal, want, grads(n))) for n, want in enumerate(expected))
-    operations = {signature[0] for signature in storm._proved.values()}
+    operations = {signature[0] for signature in storm._proofs.proved.values()}
     assert operations == {"widen", "MulBackward0"}
     assert rebuilt(storm) == 4 * 3
     assert storm.report()["live_units"] == 0
@@ -185,7 +185,7 @@ def test_a_wrong_recipe_is_not_proved(monkeypatch: pytest.MonkeyPatch) -> None:
     with rebuild_everything(model) as storm:
         for _ in range(3):
             assert all(map(torch.equal, expected, gradients(model)))
-    assert "SiluBackward0" not in {signature[0] for signature in storm._proved.values()}
+    assert "SiluBackward0" not in {signature[0] for signature in storm._proofs.proved.values()}
 
 
 def test_the_proof_is_what_keeps_wrong_recipes_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +305,7 @@ def test_nothing_grows_over_a_thousand_steps() -> None:
         storm.close()
         report = storm.report()
         assert (report["live_units"], report["pool"]["bytes_in_use"], report["disk_bytes"]) == (0, 0, 0)
-        assert len(storm._by_storage) + len(storm._leaving) + len(storm._rebuilt) == 0
+        assert len(storm._by_storage) + len(storm._transfers.leaving) + len(storm._proofs._rebuilt) == 0
         gc.collect()
         assert len(gc.get_objects()) < objects + 500
 

@@ -18,7 +18,8 @@ import torch
 from storm_harness import keep_everything, offload_everything
 from torch import Tensor, nn
 
-from overspill import Storm, _native
+from overspill import _native
+from overspill._transfers import Transfers
 
 SCHEDULES = int(os.environ.get("OVERSPILL_SCHEDULES", "2000"))
 PAGE = 4096
@@ -88,12 +89,12 @@ def test_every_schedule_gives_the_same_bits(part: int, tmp_path: Path) -> None:
 
 PLANTED = """
 import functools, sys
-from overspill import _native, storm
+from overspill import _host, _native
 from test_storm_schedules import PAGE, differs, offload_everything
 
 bug, folder = sys.argv[1:]
 if bug != "none":
-    storm.Engine = functools.partial(_native.Engine, planted=bug)
+    _host.Engine = functools.partial(_native.Engine, planted=bug)
 for seed in range(50):
     if differs(seed, offload_everything, spill_dir=folder, spill_limit="8MiB", host_budget=16 * PAGE):
         sys.exit(3)
@@ -122,15 +123,15 @@ def test_a_planted_ordering_bug_is_found(bug: str, tmp_path: Path) -> None:
 
 def test_a_source_freed_before_its_event_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Planted in the edge: the storage goes back to torch while its copy is still to run."""
-    real = Storm._release_sources
+    real = Transfers.release_sources
 
-    def early(storm: Storm) -> None:
-        for reference in list(storm._leaving):
+    def early(transfers: Transfers) -> None:
+        for reference in list(transfers.leaving):
             unit = reference()
             if unit is not None and unit.source is not None:
-                storm._forget_source(unit)
-        storm._leaving.clear()
-        real(storm)
+                transfers.forget_source(unit)
+        transfers.leaving.clear()
+        real(transfers)
 
     class Ownerless:
         """An engine whose leases keep nothing alive."""
@@ -144,7 +145,7 @@ def test_a_source_freed_before_its_event_is_found(monkeypatch: pytest.MonkeyPatc
         def __getattr__(self, name: str) -> Any:
             return getattr(self.engine, name)
 
-    monkeypatch.setattr("overspill.storm.Engine", Ownerless)
-    monkeypatch.setattr(Storm, "_release_sources", early)
+    monkeypatch.setattr("overspill._host.Engine", Ownerless)
+    monkeypatch.setattr(Transfers, "release_sources", early)
     options = {"spill_dir": str(tmp_path), "spill_limit": "8MiB", "host_budget": 256 * PAGE}
     assert any(differs(seed, offload_everything, **options) for seed in range(50))

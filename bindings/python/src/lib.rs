@@ -1,12 +1,14 @@
 //! The native module of overspill: wraps the crates, maps errors, releases the GIL.
 //!
 //! No algorithms here. Addresses of tensors cross this border as integers together with the Python
-//! object that keeps them alive ([`engine::lease`], [`tpde`] and [`tpde_device`] are the only places that trust one).
+//! object that keeps them alive ([`engine::lease`], [`link`], [`tpde`] and [`tpde_device`] are the only places that
+//! trust one).
 
 mod chain;
 mod djinn;
 mod engine;
 mod errors;
+mod link;
 mod server;
 mod storm;
 mod tpde;
@@ -23,6 +25,8 @@ mod _native {
     use crate::djinn::DjinnPool;
     #[pymodule_export]
     use crate::engine::{Engine, Onboarding, Slot};
+    #[pymodule_export]
+    use crate::link::LinkCodec;
     #[pymodule_export]
     use crate::server::serve;
     #[pymodule_export]

@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use overspill_storm::{self as storm, Action, Limits, Link, Sample, UnitId};
+use overspill_storm::{self as storm, Action, Coded, Limits, Link, Sample, UnitId};
 use pyo3::{exceptions::PyRuntimeError, prelude::*};
 
 use crate::errors::storm_error;
@@ -10,7 +10,7 @@ use crate::errors::storm_error;
 /// Decides for each saved piece of storage; see `overspill_storm::Planner`.
 ///
 /// `allocated_bytes` and `peak_bytes` are what is allocated on the device now and was at most since
-/// the call before. An action is 0 to keep, 1 to offload, 2 to rebuild.
+/// the call before. An action is 0 to keep, 1 to offload, 2 to rebuild, 3 to compress and offload.
 #[pyclass(frozen, module = "overspill._native")]
 pub struct Planner {
     planner: Mutex<storm::Planner>,
@@ -32,6 +32,7 @@ fn code(action: Action) -> u8 {
         Action::Keep => 0,
         Action::Offload => 1,
         Action::Rebuild | Action::Absent => 2,
+        Action::Compress => 3,
     }
 }
 
@@ -126,11 +127,23 @@ impl Planner {
     }
 
     /// Device times of the recorded step that has just ended, one an event, in microseconds; of the
-    /// rebuilds in it, `(unit, microseconds)`; and the speed of the link in 1e9 bytes a second.
+    /// rebuilds in it, `(unit, microseconds)`; of the link codec, `(unit, bytes, microseconds to encode, to
+    /// decode)`; and the speed of the link in 1e9 bytes a second.
     #[expect(clippy::needless_pass_by_value, reason = "lists of Python's are extracted into vectors")]
-    fn settle(&self, times_us: Vec<f64>, costs_us: Vec<(u64, f64)>, offload_gbps: f64, onboard_gbps: f64) {
+    fn settle(
+        &self,
+        times_us: Vec<f64>,
+        costs_us: Vec<(u64, f64)>,
+        coded: Vec<(u64, u64, f64, f64)>,
+        offload_gbps: f64,
+        onboard_gbps: f64,
+    ) {
         let costs_us: Vec<_> = costs_us.iter().map(|&(unit, cost_us)| (UnitId(unit), cost_us)).collect();
-        self.lock().settle(&times_us, &costs_us, Link { offload_gbps, onboard_gbps });
+        let coded = coded.iter().map(|&(unit, bytes, encode_us, decode_us)| {
+            (UnitId(unit), Coded { bytes, encode_us, decode_us })
+        });
+        let coded: Vec<_> = coded.collect();
+        self.lock().settle(&times_us, &costs_us, &coded, Link { offload_gbps, onboard_gbps });
     }
 
     /// Whether the planner wants to know what is allocated at every event.

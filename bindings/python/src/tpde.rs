@@ -63,7 +63,8 @@ impl Source {
     }
 }
 
-fn bytes_at<'a>(address: usize, bytes: usize) -> &'a [u8] {
+/// The bytes at `address` of this process.
+pub fn bytes_at<'a>(address: usize, bytes: usize) -> &'a [u8] {
     if bytes == 0 {
         return &[];
     }
@@ -72,7 +73,8 @@ fn bytes_at<'a>(address: usize, bytes: usize) -> &'a [u8] {
     unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(address), bytes) }
 }
 
-fn out_at<'a>(address: usize, bytes: usize) -> &'a mut [u8] {
+/// The bytes at `address` of this process, which nothing else refers to.
+pub fn out_at<'a>(address: usize, bytes: usize) -> &'a mut [u8] {
     if bytes == 0 {
         return &mut [];
     }

@@ -40,7 +40,8 @@ const MODELS: [(&str, [u64; 5], bool); 5] = [
 /// Prices a training step of a Llama-like model on a named card under memory budgets, before anything runs.
 ///
 /// Activations are those of transformers' unfused Llama in 16 bit. Step times are arithmetic calibrated on one
-/// H200 and are estimates elsewhere; the plan, its bytes and its peak are the planner's own.
+/// H200 and are estimates elsewhere; the plan, its bytes and its peak are the planner's own. "coded" is what
+/// is offloaded through the link codec, in bytes before it.
 ///
 /// Examples:
 ///   overspill plan --model llama-8b --card h200 --batch 4 --sequence 4096
@@ -102,11 +103,11 @@ impl Priced {
         let predicted = &self.plan.predicted;
         if predicted.peak_bytes > self.budget_bytes {
             "does not fit"
-        } else if predicted.offloaded_bytes + predicted.rebuilt_bytes == 0 {
+        } else if predicted.offloaded_bytes + predicted.compressed_bytes + predicted.rebuilt_bytes == 0 {
             "nothing: all is kept"
-        } else if predicted.stall_us + predicted.rebuild_us < 1e-3 * predicted.step_us {
+        } else if predicted.stall_us + predicted.rebuild_us + predicted.codec_us < 1e-3 * predicted.step_us {
             "nothing: the link keeps up"
-        } else if predicted.stall_us > predicted.rebuild_us {
+        } else if predicted.stall_us + predicted.codec_us > predicted.rebuild_us {
             "the link"
         } else {
             "rebuilding"
@@ -179,8 +180,18 @@ fn gb(bytes: u64) -> String {
 
 fn to_text(report: &Report<'_>) -> String {
     let Report { card, shape, record, fixed_bytes, alone_us, gbps, priced } = report;
-    let header =
-        ["budget", "GB", "peak", "kept", "rebuilt", "offloaded", "step ms", "over keep-all", "binds"];
+    let header = [
+        "budget",
+        "GB",
+        "peak",
+        "kept",
+        "rebuilt",
+        "offloaded",
+        "coded",
+        "step ms",
+        "over keep-all",
+        "binds",
+    ];
     let mut rows = vec![header.map(str::to_owned).to_vec()];
     for entry in priced {
         let predicted = &entry.plan.predicted;
@@ -191,6 +202,7 @@ fn to_text(report: &Report<'_>) -> String {
             gb(predicted.kept_bytes),
             gb(predicted.rebuilt_bytes),
             gb(predicted.offloaded_bytes),
+            gb(predicted.compressed_bytes),
             format!("{:.0}", predicted.step_us / 1e3),
             format!("{:+.1}%", (predicted.step_us / alone_us - 1.0) * 100.0),
             entry.binds().to_owned(),

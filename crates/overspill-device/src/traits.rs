@@ -102,6 +102,9 @@ pub trait Stream: Send + Sync {
     /// Blocks the host until everything enqueued so far is done.
     fn synchronize(&self) -> Result<()>;
 
+    /// The same for every handle on one stream, another for any other stream of the device that is alive.
+    fn id(&self) -> u64;
+
     /// The backend's own type, for its kernels.
     fn as_any(&self) -> &dyn Any;
 }

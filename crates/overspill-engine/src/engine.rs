@@ -70,6 +70,8 @@ pub(crate) struct Copy {
     pub start: EventRef,
     pub cause: Cause,
     pub sequence: u64,
+    /// The stream that has been made to wait for it last.
+    awaited_by: Option<u64>,
 }
 
 impl Engine {
@@ -275,7 +277,7 @@ impl Shared {
         let mut state = self.state();
         state.next_sequence += 1;
         let sequence = state.next_sequence;
-        state.queue(direction).push_back(Copy { in_flight, start, cause, sequence });
+        state.queue(direction).push_back(Copy { in_flight, start, cause, sequence, awaited_by: None });
         sequence
     }
 
@@ -379,14 +381,26 @@ impl Shared {
     }
 
     /// Makes `compute` wait for the copies up to `sequence`, then lets their device leases go.
+    ///
+    /// The host runs far ahead of the device, so that most of a step's copies are still in the queue: what
+    /// `compute` has waited for already is passed over, or a step would wait a number of times that grows with
+    /// the square of its copies.
     fn release_through(&self, direction: Direction, sequence: u64, compute: &StreamRef) -> Result<()> {
-        let events: Vec<EventRef> =
-            self.state().up_to(direction, sequence).map(|copy| Arc::clone(copy.in_flight.event())).collect();
+        let id = Some(compute.id());
+        let events: Vec<EventRef> = self
+            .state()
+            .up_to(direction, sequence)
+            .filter(|copy| copy.awaited_by != id)
+            .map(|copy| Arc::clone(copy.in_flight.event()))
+            .collect();
         for event in &events {
             compute.wait(event)?;
         }
-        let leases: Vec<_> =
-            self.state().up_to(direction, sequence).map(|copy| copy.in_flight.take_device_leases()).collect();
+        let take = |copy: &mut Copy| {
+            copy.awaited_by = id;
+            copy.in_flight.take_device_leases()
+        };
+        let leases: Vec<_> = self.state().up_to(direction, sequence).map(take).collect();
         drop(leases);
         Ok(())
     }

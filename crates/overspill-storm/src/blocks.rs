@@ -5,7 +5,7 @@
 //! nothing is fused. Times are matmuls at the device's matmul speed plus all else at its memory's speed.
 //! Attention is causal and keeps no scores. Does not know of optimizers, fragmentation, or other models.
 
-use crate::{Event, Recipe, StepRecord, Unit};
+use crate::{Coded, Event, Recipe, StepRecord, Unit};
 
 /// Shape of the model and of one batch.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -41,6 +41,10 @@ pub struct Speeds {
 /// three steps on one H200 leave when their matmuls are taken off (h = 2048, 4096, 8192 took 242.6, 359.1
 /// and 600.3 ms, which this gives within 6%).
 const TRAFFIC_BYTES: f64 = 1_050.0;
+/// What the link codec makes of 16-bit activations, and its speed as a share of the memory's: 11.2 of 16 bits, and
+/// 1.65 TB/s where the memory does 4.8 (`bench/results/tpde_gpu.json`).
+const CODED: f64 = 11.2 / 16.0;
+const CODEC_SPEED: f64 = 1.65 / 4.8;
 /// Share of that traffic in forward.
 const FORWARD: f64 = 1.0 / 3.0;
 
@@ -138,6 +142,7 @@ impl Step {
         let wide = self.pack(2 * bytes, traffic_us / 2.0, &mut units);
         let narrow = self.pack(bytes, 0.0, &mut units);
         self.record.units[narrow].is_narrow = true;
+        self.record.units[wide].coded = None;
         let normal = self.pack(bytes, traffic_us / 2.0, &mut units);
         let weighted = self.pack(bytes, traffic_us / 2.0, &mut units);
         self.recipe(wide, vec![narrow], self.moved_us(3 * bytes));
@@ -154,6 +159,7 @@ impl Step {
         let forward_us = self.matmul_us(hidden, vocab) + self.moved_us(5 * logits);
         let mut units = Vec::new();
         let saved = self.pack(2 * logits, forward_us, &mut units);
+        self.record.units[saved].coded = None;
         self.now_us += self.moved_us(3 * logits);
         let at = self.event(3 * logits);
         self.record.units[saved].needed_at = Some(at);
@@ -187,7 +193,9 @@ impl Step {
     fn pack(&mut self, bytes: u64, after_us: f64, units: &mut Vec<usize>) -> usize {
         self.now_us += after_us;
         let at = self.event(bytes);
-        self.record.units.push(Unit::packed(bytes, at));
+        let codec_us = bytes as f64 / (self.speeds.memory_bytes * CODEC_SPEED) * 1e6;
+        let coded = Coded { bytes: (bytes as f64 * CODED) as u64, encode_us: codec_us, decode_us: codec_us };
+        self.record.units.push(Unit { coded: Some(coded), ..Unit::packed(bytes, at) });
         units.push(self.record.units.len() - 1);
         self.record.units.len() - 1
     }

@@ -17,5 +17,5 @@ mod simulate;
 pub use blocks::{Shape, Speeds};
 pub use plan::{Action, Limits, Plan, make_plan};
 pub use planner::{Error, Planner, Sample, UnitId};
-pub use record::{Event, Recipe, StepRecord, Unit};
+pub use record::{Coded, Event, Recipe, StepRecord, Unit};
 pub use simulate::{Link, Prediction, Schedule, simulate};

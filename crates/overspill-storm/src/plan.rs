@@ -3,10 +3,10 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Link, Prediction, Schedule, StepRecord,
+    Link, Prediction, Schedule, StepRecord, Unit,
     profile::Profile,
     simulate,
-    simulate::{needs, signed},
+    simulate::{Load, needs, signed},
 };
 
 /// What to do with a unit.
@@ -19,6 +19,8 @@ pub enum Action {
     Offload,
     /// Let it go when it is packed, compute it again when it is needed.
     Rebuild,
+    /// As offload, but by the link codec: fewer bytes on the link, some time of compute.
+    Compress,
     /// A narrow copy that nobody needs: it is not made.
     Absent,
 }
@@ -47,43 +49,50 @@ pub struct Plan {
     pub predicted: Prediction,
 }
 
-/// Shares of the rebuildable units that the first round of the search tries.
+/// Shares of the units that could be rebuilt, or compressed, that the first rounds of the search try.
 const SHARES: usize = 8;
 /// Room left for units on their way, in sizes of the largest unit.
 const RESERVES: [u64; 4] = [1, 2, 4, 8];
 
-/// Chooses what to rebuild, what to keep and what to offload so that the simulated step is the
-/// shortest within the budget.
+/// Chooses what to rebuild, what to keep, what to offload and what of that to compress, so that the simulated
+/// step is the shortest within the budget.
 ///
 /// Rebuilds are taken in the order of bytes saved a microsecond. For a number of them, what fits is
 /// kept, last packed first (needed first in backward, so it occupies memory for the shortest time
-/// and saves the transfer with the closest deadline), and the rest goes. The number of rebuilds and
-/// the room left for what is on its way are searched, and the simulator decides.
+/// and saves the transfer with the closest deadline), and the rest goes, compressed where that is among a
+/// number of those that the codec saves most a microsecond. The two numbers and the room left for what is on
+/// its way are searched, and the simulator decides.
 #[must_use]
 pub fn make_plan(record: &StepRecord, limits: &Limits) -> Plan {
-    let order = rebuild_order(record);
-    // A budget that nothing can keep must not drown the price: the best that can be done counts.
-    let all_out = choose(record, &Limits { budget_bytes: 0, ..*limits }, &[], 0);
-    let floor = simulate(record, &all_out, &Limits { budget_bytes: 0, ..*limits }).1.peak_bytes;
     let largest = record.units.iter().map(|unit| unit.bytes).max().unwrap_or(0);
-    let budget = if floor > limits.budget_bytes { floor + 2 * largest } else { limits.budget_bytes };
-    let mut search = Search { record, limits, budget, order: &order, best: None };
-    let steps = SHARES.min(order.len());
-    for step in 0..=steps {
-        search.attempt(order.len() * step / steps.max(1), RESERVES[1]);
+    let mut search = Search {
+        record,
+        limits,
+        budget: limits.budget_bytes,
+        rebuilds: rebuild_order(record),
+        coded: coded_order(record),
+        best: None,
+    };
+    let start = Choice { rebuilds: 0, coded: 0, reserve: RESERVES[1] };
+    search.attempt(start);
+    if search.is_free() {
+        return search.settled();
     }
+    // A budget that nothing can keep must not drown the price: the best that can be done counts.
+    let nothing = Limits { budget_bytes: 0, ..*limits };
+    let floor = simulate(record, &choose(record, &nothing, &[], &[], 0), &nothing).1.peak_bytes;
+    if floor > limits.budget_bytes {
+        search.budget = floor + 2 * largest;
+    }
+    search.try_rebuilds();
     for reserve in [RESERVES[0], RESERVES[2], RESERVES[3], 0] {
-        search.attempt(search.rebuilds(), reserve);
+        search.attempt(Choice { reserve, ..search.best() });
     }
-    let mut stride = order.len() / steps.max(1) / 2;
-    // A hundredth of the rebuilds is fine enough for long steps, where each is little of the whole.
-    while stride > order.len() / 100 {
-        let (middle, reserve) = (search.rebuilds(), search.reserve());
-        search.attempt(middle.saturating_sub(stride), reserve);
-        search.attempt((middle + stride).min(order.len()), reserve);
-        stride /= 2;
+    if !search.coded.is_empty() && !search.is_free() {
+        search.try_coded();
     }
-    search.best.map(|found| settle(record, limits, found.plan)).unwrap_or_default()
+    search.refine();
+    search.settled()
 }
 
 /// Keeps what the plan would bring back as soon as it has left, where that still fits and costs nothing.
@@ -116,56 +125,129 @@ fn rebuild_order(record: &StepRecord) -> Vec<usize> {
         let narrow: u64 = recipe.inputs.iter().filter_map(|&input| narrow_bytes(record, input)).sum();
         Some(unit.bytes.saturating_sub(narrow) as f64 / recipe.cost_us.max(1e-3))
     };
-    let mut order: Vec<_> =
-        (0..record.units.len()).filter_map(|index| gain(index).map(|gain| (gain, index))).collect();
-    order.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)));
-    order.into_iter().map(|(_, index)| index).collect()
+    by_gain(record, gain)
 }
 
 fn narrow_bytes(record: &StepRecord, index: usize) -> Option<u64> {
     record.units.get(index).filter(|unit| unit.is_narrow).map(|unit| unit.bytes)
 }
 
+/// Units that the link codec makes smaller, the most bytes saved a microsecond first, among equals the last packed.
+fn coded_order(record: &StepRecord) -> Vec<usize> {
+    let gain = |index: usize| {
+        let unit = &record.units[index];
+        let coded = unit.coded.filter(|coded| coded.bytes < unit.bytes)?;
+        Some((unit.bytes - coded.bytes) as f64 / (coded.encode_us + coded.decode_us).max(1e-3))
+    };
+    by_gain(record, gain)
+}
+
+fn by_gain(record: &StepRecord, gain: impl Fn(usize) -> Option<f64>) -> Vec<usize> {
+    let mut order: Vec<_> =
+        (0..record.units.len()).filter_map(|index| gain(index).map(|gain| (gain, index))).collect();
+    order.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)));
+    order.into_iter().map(|(_, index)| index).collect()
+}
+
+/// What the search varies: how many units of each order, and sizes of the largest left free.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Choice {
+    rebuilds: usize,
+    coded: usize,
+    reserve: u64,
+}
+
 struct Search<'a> {
     record: &'a StepRecord,
     limits: &'a Limits,
+    /// What counts as within the budget.
     budget: u64,
-    order: &'a [usize],
-    best: Option<Found>,
-}
-
-struct Found {
-    rebuilds: usize,
-    reserve: u64,
-    plan: Plan,
+    rebuilds: Vec<usize>,
+    coded: Vec<usize>,
+    best: Option<(Choice, Plan)>,
 }
 
 impl Search<'_> {
-    fn rebuilds(&self) -> usize {
-        self.best.as_ref().map_or(0, |found| found.rebuilds)
+    fn best(&self) -> Choice {
+        self.best.as_ref().map_or(Choice { rebuilds: 0, coded: 0, reserve: 0 }, |(choice, _)| *choice)
     }
 
-    fn reserve(&self) -> u64 {
-        self.best.as_ref().map_or(0, |found| found.reserve)
+    /// Whether the best plan costs nothing and keeps the budget: no other can be better.
+    fn is_free(&self) -> bool {
+        self.best.as_ref().is_some_and(|(_, Plan { predicted, .. })| {
+            predicted.stall_us + predicted.rebuild_us + predicted.codec_us <= 0.0
+                && predicted.peak_bytes <= self.budget
+        })
     }
 
-    fn attempt(&mut self, rebuilds: usize, reserve: u64) {
-        let tried = |found: &Found| found.rebuilds == rebuilds && found.reserve == reserve;
-        if self.best.as_ref().is_some_and(tried) {
+    fn settled(self) -> Plan {
+        self.best.map(|(_, plan)| settle(self.record, self.limits, plan)).unwrap_or_default()
+    }
+
+    /// Shares of the rebuilds, with the rest of the best choice.
+    fn try_rebuilds(&mut self) {
+        let best = self.best();
+        let steps = SHARES.min(self.rebuilds.len());
+        for step in 0..=steps {
+            let rebuilds = self.rebuilds.len() * step / steps.max(1);
+            self.attempt(Choice { rebuilds, ..best });
+        }
+    }
+
+    /// The whole codec with every share of rebuilds, since it makes the dearest of them needless; then shares of it.
+    fn try_coded(&mut self) {
+        let (best, all) = (self.best(), self.coded.len());
+        let steps = SHARES.min(self.rebuilds.len());
+        for step in 0..=steps {
+            self.attempt(Choice { rebuilds: self.rebuilds.len() * step / steps.max(1), coded: all, ..best });
+        }
+        for step in 1..4 {
+            self.attempt(Choice { coded: all * step / 4, ..self.best() });
+        }
+    }
+
+    /// Both numbers, in halving strides around the best.
+    fn refine(&mut self) {
+        let (rebuilds, coded) = (self.rebuilds.len(), self.coded.len());
+        let mut strides = (rebuilds / SHARES / 2, coded / SHARES);
+        // A hundredth of either is fine enough for long steps, where each is little of the whole.
+        while strides.0 > rebuilds / 100 || self.best().coded > 0 && strides.1 > coded / 100 {
+            let middle = self.best();
+            self.attempt(Choice { rebuilds: middle.rebuilds.saturating_sub(strides.0), ..middle });
+            self.attempt(Choice { rebuilds: (middle.rebuilds + strides.0).min(rebuilds), ..middle });
+            if self.best().coded > 0 {
+                let middle = self.best();
+                self.attempt(Choice { coded: middle.coded.saturating_sub(strides.1), ..middle });
+                self.attempt(Choice { coded: (middle.coded + strides.1).min(coded), ..middle });
+            }
+            strides = (strides.0 / 2, strides.1 / 2);
+        }
+    }
+
+    fn attempt(&mut self, choice: Choice) {
+        if self.best.as_ref().is_some_and(|(best, _)| *best == choice) {
             return;
         }
-        let actions = choose(self.record, self.limits, &self.order[..rebuilds], reserve);
+        let (rebuilt, coded) = (&self.rebuilds[..choice.rebuilds], &self.coded[..choice.coded]);
+        let actions = choose(self.record, self.limits, rebuilt, coded, choice.reserve);
         let (schedule, predicted) = simulate(self.record, &actions, self.limits);
         let price = |of: &Prediction| (of.peak_bytes.saturating_sub(self.budget), of.step_us);
-        let better = self.best.as_ref().is_none_or(|found| price(&predicted) < price(&found.plan.predicted));
+        let better = self.best.as_ref().is_none_or(|(_, plan)| price(&predicted) < price(&plan.predicted));
         if better {
-            self.best = Some(Found { rebuilds, reserve, plan: Plan { actions, schedule, predicted } });
+            self.best = Some((choice, Plan { actions, schedule, predicted }));
         }
     }
 }
 
-/// Actions with the given units rebuilt: of the others what fits is kept, last packed first.
-fn choose(record: &StepRecord, limits: &Limits, rebuilt: &[usize], reserve: u64) -> Vec<Action> {
+/// Actions with units of `rebuilt` rebuilt: of the others what fits is kept, last packed first, and of the rest
+/// those of `coded` are compressed.
+fn choose(
+    record: &StepRecord,
+    limits: &Limits,
+    rebuilt: &[usize],
+    coded: &[usize],
+    reserve: u64,
+) -> Vec<Action> {
     let mut actions = vec![Action::Offload; record.units.len()];
     for &unit in rebuilt {
         actions[unit] = Action::Rebuild;
@@ -175,48 +257,51 @@ fn choose(record: &StepRecord, limits: &Limits, rebuilt: &[usize], reserve: u64)
             actions[index] = Action::Absent;
         }
     }
-    let largest = record.units.iter().map(|unit| unit.bytes).max().unwrap_or(0);
-    let reserved = record.hidden_bytes + reserve * largest;
-    let limit = signed(limits.budget_bytes.saturating_sub(reserved));
-    let full = signed(limits.budget_bytes.saturating_sub(record.hidden_bytes));
-    let needs = needs(record, &actions);
-    let mut profile = returned_load(record, &actions, &needs);
-    // Where the reserve is not used because everything fits, it is not needed either.
-    let all_fit = everything_fits(record, &actions, &needs, full);
-    let limit = if all_fit { full } else { limit };
-    for (index, unit) in record.units.iter().enumerate().rev() {
-        if actions[index] != Action::Offload {
-            continue;
-        }
-        // From its return on it is in the profile in any case.
-        let away = unit.packed_at..needs[index].map_or(record.end_of(unit), |need| need + 1);
-        if profile.max(away.clone()) + signed(unit.bytes) <= limit {
-            profile.add(away, signed(unit.bytes));
-            actions[index] = Action::Keep;
+    keep_what_fits(record, limits, &mut actions, reserve);
+    for &unit in coded {
+        if actions[unit] == Action::Offload {
+            actions[unit] = Action::Compress;
         }
     }
     actions
 }
 
-/// Bytes at each event with every offloaded and rebuilt unit away until it is needed.
-fn returned_load(record: &StepRecord, actions: &[Action], needs: &[Option<usize>]) -> Profile {
-    let values: Vec<_> = record.events.iter().map(|event| signed(event.other_bytes)).collect();
-    let mut profile = Profile::new(&values);
+/// Keeps units that would leave, last packed first, as long as `reserve` of the largest stay free.
+fn keep_what_fits(record: &StepRecord, limits: &Limits, actions: &mut [Action], reserve: u64) {
+    let largest = record.units.iter().map(|unit| unit.bytes).max().unwrap_or(0);
+    let full = signed(limits.budget_bytes.saturating_sub(record.hidden_bytes));
+    let reserved = signed(limits.budget_bytes.saturating_sub(record.hidden_bytes + reserve * largest));
+    let needs = needs(record, actions);
+    // From its return on a unit is in the load in any case.
+    let away = |index: usize| {
+        let unit: &Unit = &record.units[index];
+        unit.packed_at..needs[index].map_or(record.end_of(unit), |need| need + 1)
+    };
+    let leaves = |actions: &[Action], index: usize| actions[index] == Action::Offload;
+    let mut load = Load::of(record);
     for (index, unit) in record.units.iter().enumerate() {
         if let (Some(need), true) = (needs[index], actions[index] != Action::Absent) {
-            profile.add(need + 1..record.end_of(unit), signed(unit.bytes));
+            load.add(need + 1..record.end_of(unit), unit.bytes);
         }
     }
-    profile
-}
-
-fn everything_fits(record: &StepRecord, actions: &[Action], needs: &[Option<usize>], limit: i64) -> bool {
-    let mut profile = returned_load(record, actions, needs);
-    for (index, unit) in record.units.iter().enumerate() {
-        if actions[index] == Action::Offload {
-            let end = needs[index].map_or(record.end_of(unit), |need| need + 1);
-            profile.add(unit.packed_at..end, signed(unit.bytes));
+    let returned = load.values(record);
+    for (index, unit) in record.units.iter().enumerate().filter(|(index, _)| leaves(actions, *index)) {
+        load.add(away(index), unit.bytes);
+    }
+    // Where everything fits, no reserve is needed.
+    let all_fit = load.values(record).iter().all(|&bytes| bytes <= full);
+    if all_fit {
+        actions
+            .iter_mut()
+            .filter(|action| **action == Action::Offload)
+            .for_each(|action| *action = Action::Keep);
+        return;
+    }
+    let mut profile = Profile::new(&returned);
+    for (index, unit) in record.units.iter().enumerate().rev() {
+        if leaves(actions, index) && profile.max(away(index)) + signed(unit.bytes) <= reserved {
+            profile.add(away(index), signed(unit.bytes));
+            actions[index] = Action::Keep;
         }
     }
-    profile.max(0..record.events.len()) <= limit
 }

@@ -8,7 +8,7 @@
 //! between two events is the one that the device needs. From then on the plan is *followed*. A step that deviates from its plan falls back to offloading, which is always within the budget,
 //! and the next one explores.
 
-use crate::{Action, Event, Limits, Link, Plan, Recipe, StepRecord, Unit, make_plan};
+use crate::{Action, Coded, Event, Limits, Link, Plan, Recipe, StepRecord, Unit, make_plan};
 
 /// Names a unit for as long as it lives; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -100,6 +100,8 @@ const LINK_SHARE: f64 = 0.97;
 struct Step {
     record: StepRecord,
     live: Vec<Live>,
+    /// Bytes that each unit takes while it is brought back early: fewer than its own if it is compressed.
+    ahead: Vec<u64>,
     live_count: usize,
     /// Events so far, recorded or not.
     events: usize,
@@ -126,12 +128,6 @@ enum Live {
     Ahead,
     Back,
     Freed,
-}
-
-impl Live {
-    fn is_held(self) -> bool {
-        matches!(self, Self::Kept | Self::Leaving | Self::Ahead | Self::Back)
-    }
 }
 
 impl Planner {
@@ -188,11 +184,16 @@ impl Planner {
         let index = self.step.live.len();
         let mut action = Action::Offload;
         let mut unit = Unit::packed(bytes, 0);
+        let mut ahead_bytes = bytes;
         if let Some((record, plan)) = self.plan.as_ref().filter(|_| !self.step.deviates) {
             match record.units.get(index) {
                 Some(planned) if (planned.bytes, planned.is_narrow) == (bytes, is_narrow) => {
                     action = plan.actions[index];
                     unit.recipe.clone_from(&planned.recipe);
+                    unit.coded = planned.coded;
+                    if let (Action::Compress, Some(coded)) = (action, unit.coded) {
+                        ahead_bytes = coded.bytes;
+                    }
                 }
                 _ => self.step.deviates = true,
             }
@@ -205,23 +206,24 @@ impl Planner {
         unit.packed_at = if is_narrow { self.step.events.saturating_sub(1) } else { self.event(sample) };
         let live = match action {
             Action::Keep => Live::Kept,
-            Action::Offload => Live::Leaving,
+            Action::Offload | Action::Compress => Live::Leaving,
             Action::Rebuild | Action::Absent => {
                 self.step.held_bytes -= bytes;
                 Live::Away
             }
         };
-        self.push(unit, live);
+        self.push(unit, live, ahead_bytes);
         self.skip_absent();
         (UnitId(self.first_id + index as u64), action)
     }
 
-    fn push(&mut self, unit: Unit, live: Live) {
+    fn push(&mut self, unit: Unit, live: Live, ahead_bytes: u64) {
         if live != Live::Freed {
             self.step.live_count += 1;
         }
         self.step.record.units.push(unit);
         self.step.live.push(live);
+        self.step.ahead.push(ahead_bytes);
     }
 
     /// Enters narrow copies that the plan does not make, so that places stay what they were.
@@ -232,7 +234,7 @@ impl Planner {
             let mut unit = record.units[index].clone();
             unit.packed_at = self.step.events - 1;
             (unit.needed_at, unit.freed_at) = (None, None);
-            self.push(unit, Live::Freed);
+            self.push(unit, Live::Freed, 0);
         }
     }
 
@@ -360,9 +362,15 @@ impl Planner {
         is_event
     }
 
-    /// Times of the events of the step that has just ended, measured on the device, and of the rebuilds
-    /// in it. Without it host times stand in, and rebuilds are free.
-    pub fn settle(&mut self, times_us: &[f64], costs_us: &[(UnitId, f64)], link: Link) {
+    /// Times of the events of the step that has just ended, measured on the device, of the rebuilds in it, and
+    /// what the link codec made of units. Without it host times stand in, rebuilds are free, and nothing is compressed.
+    pub fn settle(
+        &mut self,
+        times_us: &[f64],
+        costs_us: &[(UnitId, f64)],
+        coded: &[(UnitId, Coded)],
+        link: Link,
+    ) {
         // Copies that share memory with kernels vary by a few percent, and a late one stalls compute.
         let share = |gbps: f64| gbps * LINK_SHARE;
         self.limits.link =
@@ -388,11 +396,16 @@ impl Planner {
                 first.time_us = 0.0;
             }
         }
+        let index = |unit: UnitId| usize::try_from(unit.0.checked_sub(first_id)?).ok();
         for &(unit, cost_us) in costs_us {
-            let index = unit.0.checked_sub(first_id).and_then(|index| usize::try_from(index).ok());
-            let unit = index.and_then(|index| record.units.get_mut(index));
+            let unit = index(unit).and_then(|index| record.units.get_mut(index));
             if let Some(recipe) = unit.and_then(|unit| unit.recipe.as_mut()) {
                 recipe.cost_us = cost_us;
+            }
+        }
+        for &(unit, coded) in coded {
+            if let Some(unit) = index(unit).and_then(|index| record.units.get_mut(index)) {
+                unit.coded = Some(coded);
             }
         }
     }
@@ -549,18 +562,19 @@ impl Planner {
         if self.step.live[index] != from {
             return;
         }
-        let bytes = self.step.record.units[index].bytes;
         let step = &mut self.step;
-        match (from.is_held(), to.is_held()) {
-            (false, true) => step.held_bytes += bytes,
-            (true, false) => step.held_bytes -= bytes,
-            _ => {}
-        }
+        let held = |state: Live| match state {
+            Live::Ahead => step.ahead[index],
+            Live::Kept | Live::Leaving | Live::Back => step.record.units[index].bytes,
+            Live::Away | Live::Freed => 0,
+        };
+        let (before, after) = (held(from), held(to));
+        step.held_bytes = step.held_bytes + after - before;
         if from == Live::Ahead {
-            step.ahead_bytes -= bytes;
+            step.ahead_bytes -= before;
         }
         if to == Live::Ahead {
-            step.ahead_bytes += bytes;
+            step.ahead_bytes += after;
         }
         step.live[index] = to;
     }
@@ -629,7 +643,7 @@ mod tests {
         step(&mut planner, &[90; 4], &[1, 3], 0);
         let second = step(&mut planner, &[90; 4], &[1, 3], 0);
         assert!(second.contains(&Action::Rebuild), "{second:?}");
-        planner.settle(&[0.0; 12], &[], LINK);
+        planner.settle(&[0.0; 12], &[], &[], LINK);
         assert_eq!(step(&mut planner, &[90; 4], &[1, 3], 0), second);
     }
 

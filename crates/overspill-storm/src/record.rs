@@ -27,6 +27,17 @@ pub struct Recipe {
     pub cost_us: f64,
 }
 
+/// What the link codec makes of a unit.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Coded {
+    /// Length in bytes.
+    pub bytes: u64,
+    /// Time to make it on the device, in microseconds.
+    pub encode_us: f64,
+    /// Time to make the unit of it again, in microseconds.
+    pub decode_us: f64,
+}
+
 /// A piece of storage that autograd saved.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Unit {
@@ -40,6 +51,9 @@ pub struct Unit {
     pub freed_at: Option<usize>,
     /// How to rebuild it, if that was proved.
     pub recipe: Option<Recipe>,
+    /// What it is on the link if it is compressed, if that was proved.
+    #[serde(default)]
+    pub coded: Option<Coded>,
     /// Whether it is a narrow copy of the unit before it, made only where that is rebuilt from it.
     pub is_narrow: bool,
 }
@@ -48,7 +62,15 @@ impl Unit {
     /// A unit that was just packed.
     #[must_use]
     pub fn packed(bytes: u64, packed_at: usize) -> Self {
-        Self { bytes, packed_at, needed_at: None, freed_at: None, recipe: None, is_narrow: false }
+        Self {
+            bytes,
+            packed_at,
+            needed_at: None,
+            freed_at: None,
+            recipe: None,
+            coded: None,
+            is_narrow: false,
+        }
     }
 }
 

@@ -5,13 +5,14 @@
 //! made to wait for them, which is the first one after the copy is done, or an earlier one where the
 //! memory is needed (a stall). Onboards return in the order of their deadlines, each from the
 //! earliest event of backward on at which the memory stays within the limit until it is needed. A
-//! rebuild happens where the unit is first needed, be it as the input of another rebuild.
+//! rebuild happens where the unit is first needed, be it as the input of another rebuild. What is compressed is
+//! encoded by compute when it is packed, beside its source for a moment, and decoded when it is needed.
 
 use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Action, Limits, StepRecord, profile::Profile};
+use crate::{Action, Coded, Limits, StepRecord, profile::Profile};
 
 /// Speed of the way out and back, in GB/s (1e9 bytes).
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -27,14 +28,18 @@ pub struct Link {
 pub struct Prediction {
     /// Most bytes in use on the device.
     pub peak_bytes: u64,
-    /// Time of the step in microseconds, stalls and rebuilds included.
+    /// Time of the step in microseconds, stalls, rebuilds and the link codec included.
     pub step_us: f64,
     /// Time that compute waits for transfers, in microseconds.
     pub stall_us: f64,
     /// Time of rebuilds, in microseconds.
     pub rebuild_us: f64,
-    /// Bytes that leave the device.
+    /// Time of the link codec, in microseconds.
+    pub codec_us: f64,
+    /// Bytes that leave the device as they are.
     pub offloaded_bytes: u64,
+    /// Bytes that leave it compressed, before they are.
+    pub compressed_bytes: u64,
     /// Bytes that are rebuilt.
     pub rebuilt_bytes: u64,
     /// Bytes that stay.
@@ -71,7 +76,7 @@ pub fn simulate(record: &StepRecord, actions: &[Action], limits: &Limits) -> (Sc
     let mut replay = Replay::new(record, actions, limits);
     replay.plan_releases();
     replay.plan_fetches();
-    let (step_us, stall_us, rebuild_us) = replay.time();
+    let Times { step_us, stall_us, rebuild_us, codec_us } = replay.time();
     let sum = |wanted: Action| {
         let units = record.units.iter().zip(actions);
         units.filter(|(_, action)| **action == wanted).map(|(unit, _)| unit.bytes).sum()
@@ -81,11 +86,20 @@ pub fn simulate(record: &StepRecord, actions: &[Action], limits: &Limits) -> (Sc
         step_us,
         stall_us,
         rebuild_us,
+        codec_us,
         offloaded_bytes: sum(Action::Offload),
+        compressed_bytes: sum(Action::Compress),
         rebuilt_bytes: sum(Action::Rebuild),
         kept_bytes: sum(Action::Keep),
     };
     (replay.schedule, prediction)
+}
+
+struct Times {
+    step_us: f64,
+    stall_us: f64,
+    rebuild_us: f64,
+    codec_us: f64,
 }
 
 struct Replay<'a> {
@@ -98,7 +112,7 @@ struct Replay<'a> {
     /// Units packed at an event, and units first needed at one.
     packs: Vec<(usize, usize)>,
     due: Vec<(usize, usize)>,
-    /// Of an offloaded unit: the event of its release; `usize::MAX` while it has none.
+    /// Of a unit that leaves: the event of its release; `usize::MAX` while it has none.
     released: Vec<usize>,
     schedule: Schedule,
     peak: i64,
@@ -129,45 +143,31 @@ impl<'a> Replay<'a> {
         bytes as f64 / (gbps * 1e3)
     }
 
-    /// Bytes at each event without offloaded units before they return.
+    /// Bytes at each event without units that leave before they return.
     fn load(&self) -> Vec<i64> {
-        let events = self.record.events.len();
-        let mut change = vec![0i64; events + 2];
-        let mut add = |range: std::ops::Range<usize>, bytes: u64| {
-            if range.start < range.end {
-                change[range.start] += signed(bytes);
-                change[range.end] -= signed(bytes);
-            }
-        };
+        let mut load = Load::of(self.record);
         for (index, unit) in self.record.units.iter().enumerate() {
             let end = self.record.end_of(unit);
-            let back = |add: &mut dyn FnMut(std::ops::Range<usize>, u64)| {
-                if let Some(need) = self.needs[index] {
-                    add(need + 1..end, unit.bytes);
-                }
-            };
             match self.actions[index] {
-                Action::Keep => add(unit.packed_at..end, unit.bytes),
-                Action::Offload => back(&mut add),
-                Action::Rebuild => {
-                    add(unit.packed_at..(unit.packed_at + 2).min(end), unit.bytes);
-                    back(&mut add);
+                Action::Keep => load.add(unit.packed_at..end, unit.bytes),
+                // The source is there until the next event, beside what is made of it.
+                Action::Rebuild | Action::Compress => {
+                    load.add(unit.packed_at..(unit.packed_at + 2).min(end), unit.bytes);
                 }
-                Action::Absent => {}
+                Action::Offload | Action::Absent => {}
+            }
+            let Some(need) = self.needs[index] else { continue };
+            if !matches!(self.actions[index], Action::Keep | Action::Absent) {
+                load.add(need + 1..end, unit.bytes);
+            }
+            if self.actions[index] == Action::Compress {
+                load.add(need + 1..(need + 2).min(end), self.crossing(index).unwrap_or(0));
             }
         }
-        let mut total = 0;
-        let others = self.record.events.iter().map(|event| signed(event.other_bytes));
-        others
-            .zip(change)
-            .map(|(other, change)| {
-                total += change;
-                other + total
-            })
-            .collect()
+        load.values(self.record)
     }
 
-    /// Decides when the memory of each offloaded unit is given up.
+    /// Decides when the memory of each unit that leaves is given up.
     fn plan_releases(&mut self) {
         let load = self.load();
         let (mut out_free_us, mut shift_us) = (0.0f64, 0.0f64);
@@ -177,21 +177,21 @@ impl<'a> Replay<'a> {
         for (at, event) in self.record.events.iter().enumerate() {
             let now_us = event.time_us + shift_us;
             while let Some(&(_, unit)) = packs.next_if(|(packed_at, _)| *packed_at == at) {
-                let Some(bytes) = self.offloaded(unit) else { continue };
+                let Some(bytes) = self.crossing(unit) else { continue };
                 out_free_us = out_free_us.max(now_us) + Self::us(bytes, self.link.offload_gbps);
                 leaving.push_back((unit, out_free_us));
-                leaving_bytes += signed(bytes);
+                leaving_bytes += signed(self.record.units[unit].bytes);
             }
             // One that is needed before it has left does not leave.
             while let Some(&(_, unit)) = due.next_if(|(need, _)| *need == at) {
-                if self.offloaded(unit).is_some() && self.released[unit] == usize::MAX {
+                if self.leaves(unit) && self.released[unit] == usize::MAX {
                     leaving.retain(|&(other, _)| other != unit);
                     leaving_bytes -= signed(self.record.units[unit].bytes);
                 }
             }
-            let next = load.get(at + 1).copied().unwrap_or(0) + self.packed_next(at + 1);
             while let Some(&(unit, done_us)) = leaving.front() {
                 if done_us > event.time_us + shift_us {
+                    let next = load.get(at + 1).copied().unwrap_or(0) + self.packed_at(at + 1);
                     if next + leaving_bytes <= self.limit {
                         break;
                     }
@@ -205,18 +205,21 @@ impl<'a> Replay<'a> {
         }
     }
 
-    /// Bytes of an offloaded unit that is packed at event `at`.
-    fn packed_next(&self, at: usize) -> i64 {
+    /// Bytes of units that leave and are packed at event `at`.
+    fn packed_at(&self, at: usize) -> i64 {
         let first = self.packs.partition_point(|&(packed_at, _)| packed_at < at);
         let packed = self.packs[first..].iter().take_while(|(packed_at, _)| *packed_at == at);
-        packed.filter_map(|&(_, unit)| self.offloaded(unit)).map(signed).sum()
+        packed
+            .filter(|&&(_, unit)| self.leaves(unit))
+            .map(|&(_, unit)| signed(self.record.units[unit].bytes))
+            .sum()
     }
 
     /// Decides when each unit that has left starts on its way back.
     fn plan_fetches(&mut self) {
         let mut profile = Profile::new(&self.load());
         for (index, unit) in self.record.units.iter().enumerate() {
-            if self.offloaded(index).is_some() {
+            if self.leaves(index) {
                 let end = if self.released[index] == usize::MAX {
                     // Never left: from its return on it is in the load already.
                     self.needs[index].map_or(self.record.end_of(unit), |need| need + 1)
@@ -229,10 +232,9 @@ impl<'a> Replay<'a> {
         let mut earliest = self.due.first().map_or(0, |&(need, _)| need);
         for &(need, unit) in &self.due {
             let released = self.released[unit];
-            if self.offloaded(unit).is_none() || released == usize::MAX {
+            let Some(bytes) = self.crossing(unit).filter(|_| released != usize::MAX).map(signed) else {
                 continue;
-            }
-            let bytes = signed(self.record.units[unit].bytes);
+            };
             let first = earliest.max(released).min(need);
             let blocked = profile.last_above(first + 1..need + 1, self.limit - bytes);
             let start = blocked.unwrap_or(first);
@@ -243,9 +245,9 @@ impl<'a> Replay<'a> {
         self.peak = profile.max(0..self.record.events.len()).max(0);
     }
 
-    /// Time of the step, of its stalls, and of its rebuilds.
-    fn time(&self) -> (f64, f64, f64) {
-        let (mut stall_us, mut rebuild_us) = (0.0f64, 0.0f64);
+    /// Time of the step, and what of it is not the model's.
+    fn time(&self) -> Times {
+        let (mut stall_us, mut rebuild_us, mut codec_us) = (0.0f64, 0.0f64, 0.0f64);
         let (mut out_free_us, mut in_free_us) = (0.0f64, 0.0f64);
         let mut done_us = vec![0.0f64; self.record.units.len()];
         let mut packs = self.packs.iter().peekable();
@@ -253,41 +255,79 @@ impl<'a> Replay<'a> {
         let mut releases = self.schedule.releases.iter().peekable();
         let mut fetches = self.schedule.fetches.iter().peekable();
         for (at, event) in self.record.events.iter().enumerate() {
-            let now = |stall_us: f64, rebuild_us: f64| event.time_us + stall_us + rebuild_us;
             while let Some(&(_, unit)) = packs.next_if(|(packed_at, _)| *packed_at == at) {
-                if let Some(bytes) = self.offloaded(unit) {
-                    out_free_us =
-                        out_free_us.max(now(stall_us, rebuild_us)) + Self::us(bytes, self.link.offload_gbps);
-                    done_us[unit] = out_free_us;
-                }
+                let Some(bytes) = self.crossing(unit) else { continue };
+                codec_us += self.coded(unit).map_or(0.0, |coded| coded.encode_us);
+                let now_us = event.time_us + stall_us + rebuild_us + codec_us;
+                out_free_us = out_free_us.max(now_us) + Self::us(bytes, self.link.offload_gbps);
+                done_us[unit] = out_free_us;
             }
+            let own_us = event.time_us + rebuild_us + codec_us;
             while let Some(&(_, unit)) = releases.next_if(|(release, _)| *release <= at) {
-                stall_us += (done_us[unit] - now(stall_us, rebuild_us)).max(0.0);
+                stall_us += (done_us[unit] - own_us - stall_us).max(0.0);
             }
             while let Some(&(_, unit)) = fetches.next_if(|(start, _)| *start <= at) {
-                in_free_us = in_free_us.max(now(stall_us, rebuild_us))
-                    + Self::us(self.record.units[unit].bytes, self.link.onboard_gbps);
+                let bytes = self.crossing(unit).unwrap_or(0);
+                in_free_us = in_free_us.max(own_us + stall_us) + Self::us(bytes, self.link.onboard_gbps);
                 done_us[unit] = in_free_us;
             }
             while let Some(&(_, unit)) = due.next_if(|(need, _)| *need == at) {
-                match self.actions[unit] {
-                    Action::Offload if self.released[unit] != usize::MAX => {
-                        stall_us += (done_us[unit] - now(stall_us, rebuild_us)).max(0.0);
-                    }
-                    Action::Rebuild => {
-                        let recipe = self.record.units[unit].recipe.as_ref();
-                        rebuild_us += recipe.map_or(0.0, |recipe| recipe.cost_us);
-                    }
-                    _ => {}
+                if self.leaves(unit) && self.released[unit] != usize::MAX {
+                    let now_us = event.time_us + stall_us + rebuild_us + codec_us;
+                    stall_us += (done_us[unit] - now_us).max(0.0);
+                }
+                codec_us += self.coded(unit).map_or(0.0, |coded| coded.decode_us);
+                if self.actions[unit] == Action::Rebuild {
+                    rebuild_us +=
+                        self.record.units[unit].recipe.as_ref().map_or(0.0, |recipe| recipe.cost_us);
                 }
             }
         }
         let last_us = self.record.events.last().map_or(0.0, |event| event.time_us);
-        (last_us + stall_us + rebuild_us, stall_us, rebuild_us)
+        Times { step_us: last_us + stall_us + rebuild_us + codec_us, stall_us, rebuild_us, codec_us }
     }
 
-    fn offloaded(&self, unit: usize) -> Option<u64> {
-        (self.actions[unit] == Action::Offload).then(|| self.record.units[unit].bytes)
+    /// Whether a unit leaves the device, as it is or compressed.
+    fn leaves(&self, unit: usize) -> bool {
+        matches!(self.actions[unit], Action::Offload | Action::Compress)
+    }
+
+    /// What a unit that is compressed becomes.
+    fn coded(&self, unit: usize) -> Option<Coded> {
+        self.record.units[unit].coded.filter(|_| self.actions[unit] == Action::Compress)
+    }
+
+    /// Bytes of a unit that leaves, as they cross the link.
+    fn crossing(&self, unit: usize) -> Option<u64> {
+        self.leaves(unit).then(|| self.coded(unit).map_or(self.record.units[unit].bytes, |coded| coded.bytes))
+    }
+}
+
+/// Bytes on top of what is in use anyhow, by the events at which they come and go.
+pub(crate) struct Load {
+    change: Vec<i64>,
+}
+
+impl Load {
+    pub fn of(record: &StepRecord) -> Self {
+        Self { change: vec![0; record.events.len() + 2] }
+    }
+
+    pub fn add(&mut self, range: std::ops::Range<usize>, bytes: u64) {
+        if range.start < range.end {
+            self.change[range.start] += signed(bytes);
+            self.change[range.end] -= signed(bytes);
+        }
+    }
+
+    /// All bytes at each event.
+    pub fn values(&self, record: &StepRecord) -> Vec<i64> {
+        let mut total = 0;
+        let each = record.events.iter().zip(&self.change).map(|(event, change)| {
+            total += change;
+            signed(event.other_bytes) + total
+        });
+        each.collect()
     }
 }
 

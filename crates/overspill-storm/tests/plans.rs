@@ -1,7 +1,7 @@
 //! Plans against brute force and against what no plan may do.
 
 use overspill_storm::{
-    Action, Event, Limits, Link, Recipe, Shape, Speeds, StepRecord, Unit, make_plan, simulate,
+    Action, Coded, Event, Limits, Link, Recipe, Shape, Speeds, StepRecord, Unit, make_plan, simulate,
 };
 
 /// Forward packs `n` units, backward needs and frees them in reverse.
@@ -38,6 +38,10 @@ fn random_step(random: &mut fastrand::Rng, n: usize) -> StepRecord {
         if index > 0 && random.u8(0..3) == 0 {
             let inputs = vec![random.usize(0..index)];
             unit.recipe = Some(Recipe { inputs, cost_us: random.f64() * 0.6 });
+        }
+        if random.bool() {
+            let (encode_us, decode_us) = (random.f64() * 0.1, random.f64() * 0.1);
+            unit.coded = Some(Coded { bytes: unit.bytes * random.u64(50..100) / 100, encode_us, decode_us });
         }
     }
     record
@@ -123,8 +127,8 @@ fn plans_come_close_to_brute_force() {
     let (mut worst, mut total, mut cases) = (1.0f64, 0.0, 0);
     for seed in 0..120 {
         let mut random = fastrand::Rng::with_seed(seed);
-        let record = random_step(&mut random, 6);
-        let all_out = simulate(&record, &[Action::Offload; 6], &limits(0)).1.peak_bytes;
+        let record = random_step(&mut random, 5);
+        let all_out = simulate(&record, &[Action::Offload; 5], &limits(0)).1.peak_bytes;
         let budget = random.u64(all_out..record.keep_all_peak_bytes().max(all_out + 1));
         let best = brute_force(&record, &limits(budget));
         let plan = make_plan(&record, &limits(budget));
@@ -139,14 +143,17 @@ fn plans_come_close_to_brute_force() {
 }
 
 fn brute_force(record: &StepRecord, limits: &Limits) -> f64 {
-    const CHOICES: [Action; 3] = [Action::Keep, Action::Offload, Action::Rebuild];
+    const CHOICES: [Action; 4] = [Action::Keep, Action::Offload, Action::Rebuild, Action::Compress];
     let n = record.units.len();
     let mut best = f64::INFINITY;
-    for code in 0..3usize.pow(n as u32) {
-        let actions: Vec<_> = (0..n).map(|unit| CHOICES[code / 3usize.pow(unit as u32) % 3]).collect();
-        let possible =
-            record.units.iter().zip(&actions).all(|(u, a)| *a != Action::Rebuild || u.recipe.is_some());
-        if possible {
+    for code in 0..4usize.pow(n as u32) {
+        let actions: Vec<_> = (0..n).map(|unit| CHOICES[code / 4usize.pow(unit as u32) % 4]).collect();
+        let possible = |(unit, action): (&Unit, &Action)| match action {
+            Action::Rebuild => unit.recipe.is_some(),
+            Action::Compress => unit.coded.is_some(),
+            _ => true,
+        };
+        if record.units.iter().zip(&actions).all(possible) {
             let (_, predicted) = simulate(record, &actions, limits);
             if predicted.peak_bytes <= limits.budget_bytes {
                 best = best.min(predicted.step_us);
@@ -182,4 +189,50 @@ fn half_the_memory_of_llama_blocks() {
         assert!(plan.predicted.peak_bytes <= budget_bytes);
         assert!(plan.predicted.step_us <= alone_us * most);
     }
+}
+
+/// A quarter of the memory over half the link: the codec is chosen, and is worth it.
+#[test]
+fn the_codec_is_taken_where_the_link_binds() {
+    let speeds = Speeds { matmul_flops: 737e12, memory_bytes: 4.8e12 };
+    let shape = |hidden, layers| Shape {
+        layers,
+        hidden,
+        inner: hidden * 43 / 16,
+        kv: hidden,
+        vocab: 0,
+        is_tied: false,
+        batch: 4,
+        sequence: 4096,
+    };
+    let step = |hidden, layers, gbps: f64, share: f64, with_codec: bool| {
+        let mut record = shape(hidden, layers).step(&speeds, 0);
+        if !with_codec {
+            record.units.iter_mut().for_each(|unit| unit.coded = None);
+        }
+        let budget_bytes = (record.unit_bytes() as f64 * share) as u64;
+        let link = Link { offload_gbps: gbps, onboard_gbps: gbps };
+        let plan = make_plan(&record, &Limits { budget_bytes, lookahead_bytes: 0, slack_bytes: 0, link });
+        assert!(plan.predicted.peak_bytes <= budget_bytes, "{:?}", plan.predicted);
+        (plan.predicted.step_us / record.events.last().map_or(1.0, |event| event.time_us), plan.predicted)
+    };
+    for (hidden, layers, gbps, share) in [
+        (2048, 16, 55.0, 0.5),
+        (4096, 8, 55.0, 0.5),
+        (4096, 8, 55.0, 0.2),
+        (8192, 4, 55.0, 0.5),
+        (8192, 12, 55.0, 0.25),
+        (8192, 4, 55.0, 0.19),
+        (8192, 12, 27.0, 0.25),
+    ] {
+        let (without, with) =
+            (step(hidden, layers, gbps, share, false), step(hidden, layers, gbps, share, true));
+        println!(
+            "h={hidden} {layers} layers, {share} of it, {gbps} GB/s: {:.4} without the codec, {:.4} with {:?}",
+            without.0, with.0, with.1
+        );
+        assert!(with.0 <= without.0 + 1e-9, "{with:?} {without:?}");
+    }
+    let (without, with) = (step(8192, 12, 27.0, 0.25, false), step(8192, 12, 27.0, 0.25, true));
+    assert!(with.1.compressed_bytes > 0 && with.0 < without.0 * 0.99, "{with:?} {without:?}");
 }

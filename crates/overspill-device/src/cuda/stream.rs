@@ -94,6 +94,10 @@ impl Stream for CudaStream {
         check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.raw) })
     }
 
+    fn id(&self) -> u64 {
+        self.raw.addr() as u64
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }

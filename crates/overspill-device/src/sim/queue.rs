@@ -66,6 +66,10 @@ impl Stream for SimQueue {
         self.record()?.synchronize()
     }
 
+    fn id(&self) -> u64 {
+        self.index as u64 + 1
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }
@@ -124,6 +128,11 @@ impl Stream for HostStream {
 
     fn synchronize(&self) -> Result<()> {
         Ok(())
+    }
+
+    /// The calling thread, which has come past whatever it has waited for.
+    fn id(&self) -> u64 {
+        0
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -1,0 +1,131 @@
+"""Which recipe makes a unit again, and the proof of it.
+
+In a step that explores, every candidate is run once while the tensor is there to be compared with, byte for byte. In
+later steps what stands at the same place of the step has to read the graph the same way, or it is not rebuilt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ._recipes import MAX_DEPTH, Recipe, recipes
+from ._saved import Saved, Unit
+from ._transfers import Transfers
+
+Signature = tuple[Any, ...]
+
+
+class Proofs:
+    """What has been proved of the steps of one shape.
+
+    ``fixed_storages`` are the model's own, which outlive every step.
+    """
+
+    def __init__(self, model: torch.nn.Module, transfers: Transfers, fixed_storages: set[int]) -> None:
+        self._epsilons = _epsilons_of(model)
+        self._transfers = transfers
+        self._fixed_storages = fixed_storages
+        # By place in the step: what has been proved. By signature: the best time measured.
+        self.proved: dict[int, Signature] = {}
+        self._costs_us: dict[Signature, float] = {}
+        self._rebuilt: list[tuple[int, Signature]] = []
+        self.first_id = 0
+
+    def begin_step(self, exploring: bool) -> None:
+        """The step before is settled."""
+        self._rebuilt.clear()
+        if exploring:
+            self.proved.clear()
+
+    def costs(self, measured: dict[Any, float]) -> list[tuple[int, float]]:
+        """Units rebuilt in the step that is over, with the shortest time that their like has taken."""
+        for unit_id, signature in self._rebuilt:
+            if unit_id in measured:
+                before = self._costs_us.get(signature, measured[unit_id])
+                self._costs_us[signature] = min(before, measured[unit_id])
+        return [(unit_id, self._costs_us.get(signature, 0.0)) for unit_id, signature in self._rebuilt]
+
+    def note(self, unit: Unit, recipe: Recipe) -> None:
+        """``unit`` is rebuilt in a step that is timed."""
+        self._rebuilt.append((unit.id, recipe.signature))
+
+    def prove(self, unit: Unit, storage: torch.UntypedStorage, tensor: torch.Tensor) -> Recipe | None:
+        """A recipe that makes ``unit``, run and compared; None where none does."""
+        base = base_of(tensor).detach()
+        for recipe in self._candidates(unit, storage, tensor):
+            if self._is_proved(recipe, storage, base):
+                self.proved[unit.id - self.first_id] = self._signature(recipe)
+                return recipe
+        return None
+
+    def again(self, unit: Unit, storage: torch.UntypedStorage, tensor: torch.Tensor) -> Recipe | None:
+        """The recipe that was proved for the place of ``unit``, if that is the one that it has now."""
+        proved = self.proved.get(unit.id - self.first_id)
+        candidates = self._candidates(unit, storage, tensor)
+        return next((recipe for recipe in candidates if self._signature(recipe) == proved), None)
+
+    def _candidates(self, unit: Unit, storage: torch.UntypedStorage, tensor: torch.Tensor) -> list[Recipe]:
+        """Recipes that read the graph right, proved or not."""
+        if unit.start != 0 or unit.nbytes != storage.nbytes():
+            return []
+        return [
+            recipe
+            for recipe in recipes(base_of(tensor), self._epsilons)
+            if all(self._may_be_read(saved, unit, recipe) for saved in recipe.inputs)
+            and recipe.depth <= MAX_DEPTH
+        ]
+
+    def _may_be_read(self, saved: Saved, unit: Unit, recipe: Recipe) -> bool:
+        if saved.unit is not None:
+            other = saved.unit
+            return (
+                other.storm is unit.storm
+                and other.id >= self.first_id
+                and other.storage_ref.cdata != unit.storage_ref.cdata
+            )
+        tensor = saved.tensor
+        if tensor is None or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return False
+        # A leaf that is not of the model, or what a product reads of it in another shape, may be a shard
+        # that is emptied until its layer's backward.
+        is_fixed = tensor.layout is torch.strided and tensor.untyped_storage()._cdata in self._fixed_storages
+        return is_fixed or not (tensor.is_leaf and tensor.requires_grad or recipe.is_product)
+
+    def _signature(self, recipe: Recipe) -> Signature:
+        inputs: list[Any] = []
+        for saved in recipe.inputs:
+            if saved.unit is not None:
+                inputs.append(saved.unit.id - self.first_id)
+            elif saved.tensor is not None:
+                inputs.append((saved.tensor.dtype, saved.tensor.shape))
+        return (*recipe.signature, tuple(inputs))
+
+    def _is_proved(self, recipe: Recipe, storage: torch.UntypedStorage, base: torch.Tensor) -> bool:
+        """Runs ``recipe`` and compares; what has to be brought back or rebuilt for it is dropped again."""
+
+        def run() -> bool:
+            if recipe.narrow is not None:
+                inputs = [base.to(recipe.narrow)]
+            else:
+                stream = self._transfers.edge.stream()
+                inputs = [self._transfers.tensor_of(saved, stream) for saved in recipe.inputs]
+            return recipe.makes(storage, base, inputs)
+
+        try:
+            return self._transfers.borrowing(run)
+        except RuntimeError:
+            return False  # an input was written to since, or there is no memory for it now
+
+
+def base_of(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, or what it is a view of."""
+    return tensor if tensor._base is None else tensor._base
+
+
+def _epsilons_of(model: torch.nn.Module) -> tuple[float, ...]:
+    """Every epsilon that a normalisation of the model has."""
+    names = ("eps", "variance_epsilon")
+    found = {getattr(module, name, None) for module in model.modules() for name in names}
+    return tuple(sorted(value for value in found if isinstance(value, float)))
