@@ -38,17 +38,25 @@ def row(
 
 def write_results(name: str, rows: list[dict[str, Any]], folder: Path | None = None) -> Path:
     """Writes ``name``.json with the machine, the commit, the date and the versions beside ``rows``."""
-    folder = folder or Path(os.environ.get("OUT", RESULTS))
+    document = {**_provenance(), "versions": versions(), "rows": rows}
+    return _write(folder or Path(os.environ.get("OUT", RESULTS)), name, json.dumps(document, indent=1))
+
+
+def write_series(name: str, series: dict[str, Any]) -> Path:
+    """Writes what a run saw over time to ``series/name.json``, or to $OUT where that is set."""
+    folder = Path(os.environ["OUT"]) if "OUT" in os.environ else RESULTS / "series"
+    return _write(folder, name, json.dumps({**_provenance(), **series}))
+
+
+def _provenance() -> dict[str, str]:
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return {"machine": machine(), "commit": commit(), "date": date}
+
+
+def _write(folder: Path, name: str, text: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    document = {
-        "machine": machine(),
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "rows": rows,
-    }
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    path.write_text(text + "\n")
     return path
 
 

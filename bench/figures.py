@@ -122,7 +122,42 @@ def djinn_sessions(document: dict[str, Any]) -> plt.Figure | None:
     return figure
 
 
-DRAWN = {"tpde_cpu": tpde_cpu, "storm_v1": storm_v1, "djinn_sessions": djinn_sessions}
+def nvml(document: dict[str, Any]) -> plt.Figure:
+    """The driver's own figure of the used memory over a run, and what it is held against."""
+    figure, axes = plt.subplots(figsize=(7.5, 3))
+    axes.plot(document["seconds"], [used / 1e9 for used in document["used_bytes"]], color=OURS)
+    for height, label in document["marks"]:
+        axes.axhline(height / 1e9, color=OTHERS, lw=1)
+        axes.annotate(label, (0, height / 1e9), xytext=(2, 3), textcoords="offset points", fontsize=8)
+    axes.set_ylim(0, max(height for height, _ in document["marks"]) / 1e9 * 1.12)
+    axes.set_xlabel("seconds")
+    axes.set_ylabel("GB used (NVML)")
+    axes.set_title(document["title"], loc="left")
+    return figure
+
+
+def storm_timeline(document: dict[str, Any]) -> plt.Figure:
+    """When kernels ran and when copies did, in one step, as the profiler saw it."""
+    figure, axes = plt.subplots(figsize=(9, 2.2))
+    lanes = (("kernels", "#6b7b83"), ("offload", OURS), ("onboard", "#d9a441"))
+    for y, (lane, colour) in enumerate(reversed(lanes)):
+        bars = [(begin / 1e3, (end - begin) / 1e3) for begin, end in document[lane]]
+        axes.broken_barh(bars, (y - 0.38, 0.76), color=colour, lw=0, rasterized=True)
+    axes.set_yticks(range(3), [name for name, _ in reversed(lanes)])
+    axes.set_xlabel("milliseconds")
+    axes.set_title(document["title"], loc="left")
+    return figure
+
+
+DRAWN = {
+    "tpde_cpu": tpde_cpu,
+    "storm_v1": storm_v1,
+    "djinn_sessions": djinn_sessions,
+    "series/storm_capacity_nvml": nvml,
+    "series/storm_24gb_full_nvml": nvml,
+    "series/storm_24gb_lora_nvml": nvml,
+    "series/storm_timeline": storm_timeline,
+}
 
 
 def main() -> None:
@@ -142,8 +177,8 @@ def main() -> None:
             caption = f"{document['machine']}; commit {document['commit'][:10]}; {document['date'][:10]}"
             figure.tight_layout()
             figure.text(0.01, -0.02, textwrap.fill(caption, 110), fontsize=7, color="#555555", va="top")
-            path = FIGURES / f"{name}.svg"
-            figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+            path = FIGURES / f"{source.stem}.svg"
+            figure.savefig(path, dpi=200, bbox_inches="tight", metadata={"Date": None})
             plt.close(figure)
         print(path.relative_to(FIGURES.parent.parent))
 
