@@ -20,18 +20,19 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from storm_evidence import Memory, exposed, lanes
+from storm_peers import checkpointing_offload, selective
 from storm_v1 import GB, Blocks, checkpointing, raw_link, timed_hooks, trl_offload, unsloth_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import overspill
-from common import RESULTS, row, write_results
+from common import RESULTS, row, write_results, write_series
 from overspill import Storm
 
 Rows = list[dict[str, Any]]
@@ -51,7 +52,13 @@ class Part:
     """transformers' whole model of the 8B shape, with its embedding, head and loss."""
 
 
-PEERS = ("checkpointing", "trl", "unsloth", "save_on_cpu")
+PEERS = ("checkpointing", "selective", "checkpointing_offload", "trl", "unsloth", "save_on_cpu")
+CHECKPOINTS: dict[str, Callable[[], Any]] = {
+    "checkpointing": lambda: checkpointing,
+    "selective": lambda: selective,
+    "checkpointing_offload": lambda: checkpointing_offload,
+    "unsloth": unsloth_checkpoint,
+}
 PARTS = {
     "h4096": Part(
         4096,
@@ -238,7 +245,7 @@ class Bench:
     def overhead(self, goal: str, ms: float, peak: int, report: dict[str, Any], remark: str) -> None:
         """The goal's row."""
         predicted, part, held = report["predicted"], self.part, peak - self.fixed
-        own_ms = (predicted["stall_us"] + predicted["rebuild_us"]) / 1e3
+        own_ms = (predicted["stall_us"] + predicted["rebuild_us"] + predicted["codec_us"]) / 1e3
         bound = own_ms / (predicted["step_us"] / 1e3 - own_ms) * 100
         self.rows.append(
             row(
@@ -251,7 +258,8 @@ class Bench:
                 note=f"{part.layers} layers, {part.sequences} x {part.sequence} tokens, random weights, bf16, no "
                 f"optimizer; median of {self.options.steps}: {ms:.1f} against {self.keep_ms:.1f} ms; activation "
                 f"peak {held / GB:.3f} GB = {held / self.saved:.4f} of {self.saved / GB:.3f} GB saved; rebuilt "
-                f"{predicted['rebuilt_bytes'] / GB:.2f}, offloaded {predicted['offloaded_bytes'] / GB:.2f}, kept "
+                f"{predicted['rebuilt_bytes'] / GB:.2f}, offloaded {predicted['offloaded_bytes'] / GB:.2f}, "
+                f"compressed {predicted['compressed_bytes'] / GB:.2f}, kept "
                 f"{predicted['kept_bytes'] / GB:.2f} GB{remark}",
             )
         )
@@ -296,15 +304,15 @@ class Bench:
                 f"{facts['offload_gbps']:.1f} GB/s, back {facts['onboard_ms']:.1f} ms at {facts['onboard_gbps']:.1f}",
             )
         )
-        folder = Path(os.environ.get("OUT", RESULTS))
-        (folder / "storm_timeline.json").write_text(json.dumps(seen))
+        title = f"STORM: one step of Llama blocks in half the memory, h = {self.part.width}, {facts['step_ms']:.0f} ms"
+        write_series("storm_timeline", {"title": title, **seen})
 
     def peer(self, peer: str) -> None:
         """Another method."""
         model, nothing, steps = self.model, contextlib.nullcontext(), self.options.steps
         try:
-            if peer in ("checkpointing", "unsloth"):
-                model.checkpoint = checkpointing if peer == "checkpointing" else unsloth_checkpoint()
+            if peer in CHECKPOINTS:
+                model.checkpoint = CHECKPOINTS[peer]()
                 if model.checkpoint is None:
                     return
                 ms, peak = step_times(model, self.x, nothing, 2, steps)
@@ -365,8 +373,13 @@ def capacity(options: argparse.Namespace) -> Rows:
         f"capacity: demand {demand:.1f}% of {total / GB:.1f} GB, NVML at most {most / memory.total_bytes * 100:.1f}%"
     )
     print(f"    {note}", flush=True)
-    folder = Path(os.environ.get("OUT", RESULTS))
-    (folder / "storm_capacity_nvml.json").write_text(json.dumps(memory.log()))
+    marks = [
+        (memory.total_bytes, "the card"),
+        (memory.total_bytes // 2, "half of it"),
+        (parameters + saved - wide, "parameters and activations in 16 bit"),
+    ]
+    title = f"STORM: {demand:.0f}% of the card, in half of it (h = 4096, 16 layers, {part.sequences * part.sequence:,} tokens)"
+    write_series("storm_capacity_nvml", {**memory.log(), "marks": marks, "title": title})
     used = f"{len(memory.used_bytes)} samples of NVML, every 50 ms, model built to last step"
     return [
         row("storm.capacity.demand_pct", demand, "%", note=note),

@@ -29,3 +29,18 @@ def test_fine_tune_ends_with_the_same_bits() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("the same weights, bit for bit") == 3
+
+
+def test_fsdp2_ends_with_the_same_bits_on_two_ranks() -> None:
+    """Two gloo ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(EXAMPLES / "fsdp2.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the same bits") == 2
