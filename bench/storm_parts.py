@@ -48,8 +48,8 @@ PARTS = {
     "seq32k": Part(4096, 4, {"h4096_2x_seq32k": 2}, 32_768, 1),
     "hf_llama8b": Part(4096, 24, {"hf_llama8b_2x": 2}, is_whole=True),
 }
-# Storm learns a step in its first four; the fifth is the first that only follows its plan.
-WARM_STEPS = 5
+# Storm learns a step in its first eight; the ninth is the first that only follows its plan.
+WARM_STEPS = 9
 
 
 class Whole(torch.nn.Module):

@@ -27,20 +27,28 @@ class _Known:
 
 
 class _Coming:
-    """A number on its way from the device."""
+    """A number on its way from the device; ``host`` goes back to ``spare`` when it has been read."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    def __init__(self, tensor: torch.Tensor, spare: list[torch.Tensor]) -> None:
+        self._spare = spare
+        self._host: torch.Tensor | None = (
+            spare.pop() if spare else torch.empty(1, dtype=tensor.dtype).pin_memory()
+        )
         self._host.copy_(tensor, non_blocking=True)
         self._event = torch.cuda.Event()
         self._event.record(torch.cuda.current_stream(tensor.device))
+        self._value = 0
 
     def is_known(self) -> bool:
-        return self._event.query()
+        return self._host is None or self._event.query()
 
     def value(self) -> int:
-        self._event.synchronize()
-        return int(self._host.item())
+        if self._host is not None:
+            self._event.synchronize()
+            self._value = int(self._host.item())
+            self._spare.append(self._host)
+            self._host = None
+        return self._value
 
 
 @dataclass
@@ -120,6 +128,8 @@ class CudaEdge:
     """A CUDA device, through torch's caching allocator and streams."""
 
     device: torch.device
+    # Page-locked numbers that nobody waits for: making one takes longer than copying to it.
+    spare: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def engine_name(self) -> str:
@@ -160,7 +170,7 @@ class CudaEdge:
 
     def to_host(self, number: torch.Tensor) -> _Known | _Coming:
         """The value of a tensor of one number, once the current stream has come here."""
-        return _Coming(number)
+        return _Coming(number, self.spare)
 
     def free_bytes(self) -> int:
         """Bytes that the driver says are free, with those that torch has cached."""

@@ -6,6 +6,7 @@ stream. How long it came out is known on the device; the host reads it later, an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,10 +57,17 @@ class Link:
 
     def encode(self, storage: torch.UntypedStorage, dtype: torch.dtype, stream: int) -> Code:
         """The code of ``storage``, behind what ``stream`` has been given."""
+        return self._encode(storage, dtype, stream, lambda _: None)
+
+    def _encode(
+        self, storage: torch.UntypedStorage, dtype: torch.dtype, stream: int, marks: Callable[[str], None]
+    ) -> Code:
         nbytes, is_half = storage.nbytes(), _IS_HALF[dtype]
         buffer = self._room(LinkCodec.bound_bytes(nbytes))
         counter = torch.zeros(1, dtype=torch.int32, device=self._edge.device)
+        marks("room")
         self._codec.encode(storage.data_ptr(), nbytes, is_half, buffer.data_ptr(), counter.data_ptr(), stream)
+        marks("encode")
         return Code(buffer, self._edge.to_host(counter), nbytes, is_half)
 
     def decode(self, code: Code, code_bytes: int, stream: int) -> torch.UntypedStorage:
@@ -73,11 +81,11 @@ class Link:
         return storage
 
     def repeats(
-        self, storage: torch.UntypedStorage, dtype: torch.dtype, stream: int, marks: Any
+        self, storage: torch.UntypedStorage, dtype: torch.dtype, stream: int, marks: Callable[[str], None]
     ) -> Code | None:
         """The code of ``storage`` if it decodes to the same bytes; ``marks`` is told when each half ends."""
-        code = self.encode(storage, dtype, stream)
-        marks("encode")
+        code = self._encode(storage, dtype, stream, marks)
+        marks("room")
         assert code.buffer is not None
         again = self.decode(code, code.buffer.nbytes(), stream)
         marks("decode")

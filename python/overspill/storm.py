@@ -112,6 +112,7 @@ class Storm:
         self._codec = self._open_link(compress)
         # Units coded to see what comes of it, and per size the best times to code and to decode.
         self._coded: list[tuple[int, Any]] = []
+        self._settled = 0
         self._coding_us: dict[int, tuple[float, float]] = {}
         self._hooks: list[torch.autograd.graph.saved_tensors_hooks] = []
         self._counts = {**dict.fromkeys(_NAMES, 0), "left_alone": 0}
@@ -387,7 +388,9 @@ class Storm:
             times, measured = self._timeline.close()
             rebuilds = [] if self._proofs is None else self._proofs.costs(measured)
             coded = [self._coding(unit_id, code, measured) for unit_id, code in self._coded]
-            self._planner.settle(times, rebuilds, coded, *self._link_gbps())
+            self._settled = 1 if self._planner.is_recording and not self._planner.has_plan else self._settled + 1
+            share = 0.5 if self._settled <= 2 else 1.0
+            self._planner.settle(times, rebuilds, coded, *(share * gbps for gbps in self._link_gbps()))
         self._coded.clear()
         self._transfers.timing = self._planner.is_timing
         if self._proofs is not None:
