@@ -48,7 +48,7 @@ PARTS = {
     "seq32k": Part(4096, 4, {"h4096_2x_seq32k": 2}, 32_768, 1),
     "hf_llama8b": Part(4096, 24, {"hf_llama8b_2x": 2}, is_whole=True),
 }
-# Storm learns a step in its first eight; the ninth is the first that only follows its plan.
+# Storm learns a step in its first four; the rest is for the allocator to settle.
 WARM_STEPS = 9
 
 

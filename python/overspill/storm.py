@@ -30,7 +30,6 @@ from ._saved import Saved, Unit, span
 from ._timeline import Timeline
 from ._transfers import Transfers
 from ._units import parse_bytes
-from .errors import OverspillError
 
 _MIB = 2**20
 _KEEP, _OFFLOAD, _REBUILD, _COMPRESS = 0, 1, 2, 3
@@ -52,8 +51,8 @@ class Storm:
         spill_limit: most bytes of the spill file; default: half of the free disk.
         rebuild: whether tensors may be computed again in backward instead of being kept or sent
             away, by the operation that made them, where that was proved to give the same bits.
-        compress: whether tensors may be sent away through the link codec (16-bit floats, lossless) where the link is
-            what binds. Default: with a GPU on which its kernels can be compiled.
+        compress: whether tensors may be sent away through the link codec (16-bit floats, lossless) where the plan
+            says that it pays. Off unless asked for: no measured step has been shorter for it yet.
         min_bytes: tensors smaller than this stay where they are.
         seed: draw the schedule of transfers from this seed (tests; model on the CPU only).
         trace: keep a timeline of every transfer for :meth:`trace_json`.
@@ -74,7 +73,7 @@ class Storm:
         spill_dir: str | None = None,
         spill_limit: int | str | None = None,
         rebuild: bool = True,
-        compress: bool | None = None,
+        compress: bool = False,
         min_bytes: int = 64 * 1024,
         seed: int | None = None,
         trace: bool = False,
@@ -109,10 +108,10 @@ class Storm:
         )
         self._fixed_storages: set[int] = set()
         self._proofs = Proofs(model, self._transfers, self._fixed_storages) if rebuild else None
-        self._codec = self._open_link(compress)
+        if compress:
+            self._transfers.link = Link(self._edge)
         # Units coded to see what comes of it, and per size the best times to code and to decode.
         self._coded: list[tuple[int, Any]] = []
-        self._settled = 0
         self._coding_us: dict[int, tuple[float, float]] = {}
         self._hooks: list[torch.autograd.graph.saved_tensors_hooks] = []
         self._counts = {**dict.fromkeys(_NAMES, 0), "left_alone": 0}
@@ -163,7 +162,6 @@ class Storm:
             "disk_bytes": counters["disk_bytes"],
             "flows": counters["flows"],
             "predicted": json.loads(plan)["predicted"] if plan else None,
-            "link_codec": self._codec,
         }
 
     def trace_json(self) -> str:
@@ -388,9 +386,7 @@ class Storm:
             times, measured = self._timeline.close()
             rebuilds = [] if self._proofs is None else self._proofs.costs(measured)
             coded = [self._coding(unit_id, code, measured) for unit_id, code in self._coded]
-            self._settled = 1 if self._planner.is_recording and not self._planner.has_plan else self._settled + 1
-            share = 0.5 if self._settled <= 2 else 1.0
-            self._planner.settle(times, rebuilds, coded, *(share * gbps for gbps in self._link_gbps()))
+            self._planner.settle(times, rebuilds, coded, *self._link_gbps())
         self._coded.clear()
         self._transfers.timing = self._planner.is_timing
         if self._proofs is not None:
@@ -434,15 +430,3 @@ class Storm:
             nbytes = tensor.untyped_storage().nbytes()
             sizes[tensor.untyped_storage()._cdata] = 2 * nbytes if tensor.requires_grad else nbytes
         return sum(sizes.values())
-
-    def _open_link(self, compress: bool | None) -> str:
-        """Sets up the link codec, and says whether it is used, or why not."""
-        if compress is False or compress is None and self._edge.device.type == "cpu":
-            return "off"
-        try:
-            self._transfers.link = Link(self._edge)
-        except OverspillError as error:
-            if compress:
-                raise
-            return f"off: {error}"
-        return "on"

@@ -11,7 +11,7 @@ import torch
 from storm_harness import devices, offload_everything
 from torch import Tensor, nn
 
-from overspill import Storm, TransferError
+from overspill import TransferError
 from overspill._edge import edge_for
 from overspill._link import Link
 
@@ -34,7 +34,9 @@ def gradients(model: nn.Module, n: int, *, again: bool = False) -> list[Tensor]:
     """Loss and gradients of step ``n``; ``again`` runs backward twice over a retained graph."""
     model.zero_grad()
     parameter = next(model.parameters())
-    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(n)).to(parameter)
+    # Without a GPU the budget counts the whole process, and nothing fits.
+    rows = 6000 if parameter.is_cuda else 300
+    x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(n)).to(parameter)
     loss = model(x).square().mean()
     if again:
         loss.backward(retain_graph=True)
@@ -110,10 +112,3 @@ def test_a_code_that_is_none_is_refused() -> None:
     link._status.fill_(1)
     with pytest.raises(TransferError, match="damaged"):
         link.check()
-
-
-def test_it_is_off_without_a_gpu_unless_asked_for() -> None:
-    """A process's own memory is not behind a link that the reference codec would be faster than."""
-    model = layers(torch.bfloat16, "cpu")
-    assert Storm(model, vram_budget="1TiB").report()["link_codec"] == "off"
-    assert Storm(model, vram_budget="1TiB", compress=True).report()["link_codec"] == "on"

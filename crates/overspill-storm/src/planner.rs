@@ -3,10 +3,12 @@
 //! The first step of a shape *explores*: what has a proved recipe is rebuilt, all else is offloaded
 //! (keeping could already be too much), and everything is recorded. The second *calibrates*: it
 //! follows a plan made of that record and is recorded again, with the sizes of a settled step and
-//! the times of a device that is warm. The next two follow the plan made of the second and are timed
+//! the times of a device that is warm. The next two follow plans and are timed
 //! once more: while memory is still being reserved, compute waits for the host, and the shortest time
-//! between two events is the one that the device needs. From then on the plan is *followed*. A step that deviates from its plan falls back to offloading, which is always within the budget,
-//! and the next one explores.
+//! between two events is the one that the device needs. Until the last of them, plans count on half of the link: what
+//! a busy link does to a step would be taken for compute, under which the next plan hides as many transfers again.
+//! From then on the plan is *followed*. A step that deviates from its plan falls back to offloading, which is always
+//! within the budget, and the next one explores.
 
 use crate::{Action, Coded, Event, Limits, Link, Plan, Recipe, StepRecord, Unit, make_plan};
 
@@ -94,6 +96,8 @@ enum Phase {
 const TIMED_STEPS: u8 = 2;
 /// Of the link's measured speed, what a plan counts on.
 const LINK_SHARE: f64 = 0.97;
+/// The same as long as times are still being measured.
+const SHY_LINK_SHARE: f64 = LINK_SHARE / 2.0;
 
 /// The step under way.
 #[derive(Debug, Default)]
@@ -372,9 +376,12 @@ impl Planner {
         link: Link,
     ) {
         // Copies that share memory with kernels vary by a few percent, and a late one stalls compute.
-        let share = |gbps: f64| gbps * LINK_SHARE;
+        let share = match self.phase {
+            Phase::Calibrate | Phase::Time(TIMED_STEPS) => SHY_LINK_SHARE,
+            _ => LINK_SHARE,
+        };
         self.limits.link =
-            Link { offload_gbps: share(link.offload_gbps), onboard_gbps: share(link.onboard_gbps) };
+            Link { offload_gbps: link.offload_gbps * share, onboard_gbps: link.onboard_gbps * share };
         let first_id = self.first_id;
         let Some(pending) = &mut self.pending else { return };
         let record = &mut pending.record;
@@ -645,6 +652,18 @@ mod tests {
         assert!(second.contains(&Action::Rebuild), "{second:?}");
         planner.settle(&[0.0; 12], &[], &[], LINK);
         assert_eq!(step(&mut planner, &[90; 4], &[1, 3], 0), second);
+    }
+
+    #[test]
+    fn plans_count_on_half_of_the_link_while_it_is_timed() {
+        let mut planner = planner(400);
+        let mut shares = Vec::new();
+        for _ in 0..5 {
+            step(&mut planner, &[90; 4], &[], 0);
+            planner.settle(&[0.0; 12], &[], &[], LINK);
+            shares.push(planner.limits().link.offload_gbps);
+        }
+        assert_eq!(shares, [0.485, 0.485, 0.97, 0.97, 0.97]);
     }
 
     #[test]
