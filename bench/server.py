@@ -417,16 +417,16 @@ ODD = [
 ]
 
 
-def garbage(chance: random.Random) -> bytes:
-    """A request that is wrong in some way, mostly."""
+def garbage(chance: random.Random) -> tuple[bytes, bool]:
+    """A request that is wrong in some way, mostly, and whether it is whole, so that an answer is due."""
     kind = chance.random()
     if kind < 0.1:
-        return chance.randbytes(chance.randint(1, 300)) + b"\r\n\r\n"
+        return chance.randbytes(chance.randint(1, 300)) + b"\r\n\r\n", False
     method, path, body = chance.choice(GOOD)
     data = bytearray(body.encode("latin-1"))
     if kind < 0.45 and data:
         for _ in range(chance.randint(1, 4)):
-            at = chance.randrange(len(data))
+            at = chance.randrange(len(data) + 1)
             data[at : at + chance.randint(0, 3)] = chance.randbytes(chance.randint(0, 3))
     elif kind < 0.75:
         values = list(re.finditer(rb'(?<=: )("[^"]*"|[\d.e]+|true|false|\[[^]]*\]|\{[^}]*\})', bytes(data)))
@@ -439,7 +439,7 @@ def garbage(chance: random.Random) -> bytes:
     if kind > 0.85:
         for _ in range(chance.randint(1, 6)):
             request[chance.randrange(min(len(request), 120))] = chance.randrange(256)
-    return bytes(request)
+    return bytes(request), kind <= 0.85
 
 
 def throw(address: str, seed: int, count: int) -> collections.Counter[str]:
@@ -450,8 +450,10 @@ def throw(address: str, seed: int, count: int) -> collections.Counter[str]:
         try:
             with socket.create_connection((host, int(port)), timeout=30) as line:
                 try:
-                    line.sendall(garbage(chance))
-                    line.shutdown(socket.SHUT_WR)
+                    request, is_whole = garbage(chance)
+                    line.sendall(request)
+                    if not is_whole:
+                        line.shutdown(socket.SHUT_WR)
                     answer = line.recv(65_536)
                     while b"\r\n\r\n" not in answer and (more := line.recv(65_536)):
                         answer += more
