@@ -90,7 +90,7 @@ class DjinnPool:
         """
     def expect(self, /, id: SupportsIndex, eta_us: SupportsFloat | SupportsIndex) -> None:
         """
-        The session will be needed `eta_us` from now.
+        The session will be needed `eta_us` from now; it leaves if memory is short.
         """
     def fork(self, /, parent: SupportsIndex, child: SupportsIndex) -> None:
         """
@@ -124,10 +124,6 @@ class DjinnPool:
         """
         Starts bringing a session back.
         """
-    def restore_due(self, /, lead_us: SupportsFloat | SupportsIndex) -> int:
-        """
-        Brings back the sessions that are due within `lead_us`; how many.
-        """
     @property
     def run_bytes(self, /) -> int:
         """
@@ -150,6 +146,10 @@ class DjinnPool:
         """
         What the log has since it was last asked for, as a JSON list; waits for copies that still run.
         """
+    def tick(self, /, lead_us: SupportsFloat | SupportsIndex) -> int:
+        """
+        Does what is due now, and brings back who is due within `lead_us` more than its way takes; how many came.
+        """
     def tokens(self, /, id: SupportsIndex) -> list[int]:
         """
         Tokens of each layer.
@@ -161,6 +161,10 @@ class DjinnPool:
     def unspill(self, /, id: SupportsIndex) -> None:
         """
         Reads the host copy back from disk.
+        """
+    def wake_us(self, /) -> int | None:
+        """
+        How long until `tick` has something to do.
         """
     def wrote(
         self, /, id: SupportsIndex, layer: SupportsIndex, tokens: SupportsIndex, stream: SupportsIndex

@@ -16,6 +16,7 @@ mod error;
 mod geometry;
 mod host_copy;
 mod log;
+mod placement;
 mod pool;
 mod saved;
 pub mod scheduler;
