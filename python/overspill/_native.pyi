@@ -90,7 +90,7 @@ class DjinnPool:
         """
     def expect(self, /, id: SupportsIndex, eta_us: SupportsFloat | SupportsIndex) -> None:
         """
-        The session will be needed `eta_us` from now; it leaves if memory is short.
+        The session will be needed `eta_us` from now.
         """
     def fork(self, /, parent: SupportsIndex, child: SupportsIndex) -> None:
         """

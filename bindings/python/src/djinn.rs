@@ -163,7 +163,7 @@ impl DjinnPool {
         self.lock().wake_us()
     }
 
-    /// The session will be needed `eta_us` from now; it leaves if memory is short.
+    /// The session will be needed `eta_us` from now.
     fn expect(&self, py: Python<'_>, id: u64, eta_us: f64) -> PyResult<()> {
         self.with(py, |pool| pool.expect(id, eta_us))
     }

@@ -54,14 +54,13 @@ pub(crate) fn scheduler_for(config: &PoolConfig, slabs: usize, has_disk: bool) -
 }
 
 impl Pool {
-    /// `id` will be needed `eta_us` from now, on the device's clock. It leaves now if memory is short and it
-    /// is gone for long enough; [`Pool::tick`] brings it back.
+    /// `id` will be needed `eta_us` from now, on the device's clock. [`Pool::tick`] sends it away if memory is
+    /// short and it is gone for long enough, and brings it back.
     pub fn expect(&mut self, id: u64, eta_us: f64) -> Result<()> {
         if self.entry(id)?.session.is_running() {
             return Err(Error::Refused { id, refusal: Refusal::Running });
         }
-        self.note(Event::Paused { id, eta_us: Some(eta_us.max(0.0) as u64) })?;
-        self.tick(0.0).map(|_| ())
+        self.note(Event::Paused { id, eta_us: Some(eta_us.max(0.0) as u64) })
     }
 
     /// Does what is due: brings sessions back that will be needed, as far as there is room, and sends

@@ -362,8 +362,7 @@ class Session:
         with self.pool._lock:
             self._ready()
             self.pool._native.expect(self._key, eta_ms * 1e3)
-            self.pool._follow()
-            self.pool._arm()
+            self.pool.tick()
 
     def evict(self) -> None:
         """Sends the session off the device. What is in the host copy already is not copied again."""
