@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use overspill_djinn::simulate::{
-    Arrival, Outcome, RULES, Recipe, Rule, Setup, capacity, fingerprint, simulate,
+    Arrival, Limits, Outcome, RULES, Recipe, Rule, Setup, capacity, fingerprint, simulate,
 };
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
