@@ -60,6 +60,20 @@ def _write(folder: Path, name: str, text: str) -> Path:
     return path
 
 
+def update_results(name: str, rows: list[dict[str, Any]], folder: Path | None = None) -> Path:
+    """Puts ``rows`` into ``name``.json in the place of those with their ids. The rest of it stays what it was, so
+    each row's note has to say where and when it is from.
+    """
+    path = (folder or Path(os.environ.get("OUT", RESULTS))) / f"{name}.json"
+    if not path.exists():
+        return write_results(name, rows, folder)
+    document = json.loads(path.read_text())
+    new = {one["id"]: one for one in rows}
+    document["rows"] = [new.pop(one["id"], one) for one in document["rows"]] + list(new.values())
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path
+
+
 def machine() -> str:
     """Processor, cores, and GPU with its driver."""
     model = platform.processor()

@@ -149,6 +149,23 @@ def storm_timeline(document: dict[str, Any]) -> plt.Figure:
     return figure
 
 
+def djinn_scheduler(document: dict[str, Any]) -> plt.Figure:
+    """Sessions a second in time, a panel a trace, a bar a rule; simulated."""
+    panels: dict[str, dict[str, float]] = {}
+    for row in document["rows"]:
+        _, trace, rule, figure = row["id"].split(".")
+        if figure == "sessions_per_s_in_time":
+            panels.setdefault(trace, {})[rule] = row["value"]
+    figure, axes = plt.subplots(1, len(panels), figsize=(8, 2.8), squeeze=False)
+    for place, (trace, bars) in zip(axes[0], panels.items(), strict=True):
+        ordered = sorted(bars.items(), key=lambda item: item[1])
+        colours = [OURS if rule.startswith("djinn") else OTHERS for rule, _ in ordered]
+        place.barh([rule for rule, _ in ordered], [value for _, value in ordered], color=colours)
+        place.set_title(f"{trace}, simulated", loc="left")
+        place.set_xlabel("sessions/s, 99% of turns in time")
+    return figure
+
+
 DRAWN = {
     "tpde_cpu": tpde_cpu,
     "storm_v1": storm_v1,
@@ -157,6 +174,7 @@ DRAWN = {
     "series/storm_24gb_full_nvml": nvml,
     "series/storm_24gb_lora_nvml": nvml,
     "series/storm_timeline": storm_timeline,
+    "djinn_scheduler": djinn_scheduler,
 }
 
 

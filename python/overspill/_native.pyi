@@ -125,10 +125,6 @@ class DjinnPool:
         """
         Starts bringing a session back.
         """
-    def restore_due(self, /, lead_us: SupportsFloat | SupportsIndex) -> int:
-        """
-        Brings back the sessions that are due within `lead_us`; how many.
-        """
     @property
     def run_bytes(self, /) -> int:
         """
@@ -151,6 +147,10 @@ class DjinnPool:
         """
         What the log has since it was last asked for, as a JSON list; waits for copies that still run.
         """
+    def tick(self, /, lead_us: SupportsFloat | SupportsIndex) -> int:
+        """
+        Does what is due now, and brings back who is due within `lead_us` more than its way takes; how many came.
+        """
     def tokens(self, /, id: SupportsIndex) -> list[int]:
         """
         Tokens of each layer.
@@ -162,6 +162,10 @@ class DjinnPool:
     def unspill(self, /, id: SupportsIndex) -> None:
         """
         Reads the host copy back from disk.
+        """
+    def wake_us(self, /) -> int | None:
+        """
+        How long until `tick` has something to do.
         """
     def wrote(
         self, /, id: SupportsIndex, layer: SupportsIndex, tokens: SupportsIndex, stream: SupportsIndex

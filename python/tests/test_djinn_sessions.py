@@ -349,8 +349,14 @@ def test_a_full_host_pool_and_a_full_disk(tmp_path: Path) -> None:
 def test_host_copies_of_resident_sessions_give_way() -> None:
     sessions = pool(2, host_budget=2 * 8 * 4096)
     first, second, third = (sessions.session(name) for name in "abc")
-    for i, session in enumerate((first, second, third)):
-        session.run([5 + i, 6])
+    first.run([5, 6])
+    second.run([6, 6])
+    first.evict()
+    first.restore()
+    second.evict()
+    third.run([7, 6])
+    third.evict()
+    assert first.place == {"resident": True, "host_bytes": 0, "disk_bytes": 0}
     for i, session in enumerate((first, second, third)):
         twin = pool().session("twin")
         twin.run([5 + i, 6])
@@ -380,6 +386,19 @@ def test_io_wait_leaves_and_comes_back() -> None:
     assert not session.place["resident"] and sessions.tick() == 0
     assert sessions.tick(lead_ms=3601e3) == 1
     assert session.place["resident"]
+
+
+def test_io_wait_stays_while_there_is_room_and_gives_way_by_what_it_said() -> None:
+    sessions = pool(3)
+    soon, late, other = (sessions.session(name) for name in ("soon", "late", "other"))
+    for session in (late, soon):
+        session.run(prompt(9))
+    late.io_wait(eta_ms=7200e3)
+    soon.io_wait(eta_ms=3600e3)
+    assert late.place["resident"] and soon.place["resident"]
+    other.run(prompt(9))
+    sessions.session("another").run(prompt(9))
+    assert soon.place["resident"] and not late.place["resident"]
 
 
 def test_budgets_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:

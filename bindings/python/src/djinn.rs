@@ -153,9 +153,14 @@ impl DjinnPool {
         self.with(py, |pool| pool.restore(id))
     }
 
-    /// Brings back the sessions that are due within `lead_us`; how many.
-    fn restore_due(&self, py: Python<'_>, lead_us: f64) -> PyResult<usize> {
-        self.with(py, |pool| pool.restore_due(lead_us))
+    /// Does what is due now, and brings back who is due within `lead_us` more than its way takes; how many came.
+    fn tick(&self, py: Python<'_>, lead_us: f64) -> PyResult<usize> {
+        self.with(py, |pool| pool.tick(lead_us))
+    }
+
+    /// How long until `tick` has something to do.
+    fn wake_us(&self) -> Option<u64> {
+        self.lock().wake_us()
     }
 
     /// The session will be needed `eta_us` from now.

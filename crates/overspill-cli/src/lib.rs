@@ -10,6 +10,7 @@ mod chain;
 mod doctor;
 mod plan;
 mod serve;
+mod sessions;
 mod table;
 mod tpde;
 
@@ -35,6 +36,7 @@ enum Command {
     Bench(bench::Args),
     Plan(plan::Args),
     Serve(serve::Args),
+    Sessions(sessions::Args),
 }
 
 /// How a command ended without doing its job.
@@ -79,6 +81,7 @@ pub fn run_with(
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::Sessions(args) => sessions::run(&args),
         Command::Serve(args) => args.to_json().and_then(|options| serve(&options).map_err(Failure::Failed)),
     };
     let (code, message) = match outcome {

@@ -7,8 +7,9 @@
 //! clean session nothing at all.
 //!
 //! [`Session`] is the state machine, pure; [`Arena`] owns the slabs and says what their next user
-//! has to wait for; [`Pool`] executes. What this crate does not do: the model's maths, the hidden
-//! state and the sampler of a paused session (the Python edge has them), scheduling of turns.
+//! has to wait for; [`scheduler`] decides who is where, also pure; [`Pool`] executes; [`simulate`] runs the
+//! scheduler in simulated time against other rules. What this crate does not do: the model's maths, the hidden
+//! state and the sampler of a paused session (the Python edge has them), the order of turns.
 
 mod arena;
 mod counters;
@@ -16,6 +17,7 @@ mod error;
 mod geometry;
 mod host_copy;
 mod log;
+mod placement;
 mod pool;
 mod saved;
 pub mod scheduler;

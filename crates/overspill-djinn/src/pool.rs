@@ -21,6 +21,8 @@ use crate::{
     arena::{Fences, no_fences},
     host_copy::HostCopy,
     log::{Swap, SwapLog},
+    placement::{Coming, LINK_US_PER_BYTE, scheduler_for},
+    scheduler::{Event, Scheduler},
 };
 
 /// What a forward starts from.
@@ -64,7 +66,10 @@ pub struct Pool {
     pub(crate) in_flight: VecDeque<InFlight>,
     pub(crate) counters: Counters,
     pub(crate) log: SwapLog,
-    turn: u64,
+    pub(crate) scheduler: Scheduler,
+    pub(crate) coming: Vec<Coming>,
+    /// Of the fastest copy so far.
+    pub(crate) link_us_per_byte: f64,
 }
 
 pub(crate) struct Entry {
@@ -78,10 +83,6 @@ pub(crate) struct Entry {
     pub begun: (Vec<usize>, Option<usize>),
     /// The point of compute up to which the slab is used.
     pub computed: Option<EventRef>,
-    /// Turn in which it was last used.
-    pub last_turn: u64,
-    /// When it will be needed again, if anybody said.
-    pub due_us: Option<f64>,
 }
 
 impl Pool {
@@ -93,8 +94,12 @@ impl Pool {
         spill: Option<SpillFile>,
         config: PoolConfig,
     ) -> Result<Self> {
+        let arena = Arena::new(arena, config.geometry)?;
         Ok(Self {
-            arena: Arena::new(arena, config.geometry)?,
+            scheduler: scheduler_for(&config, arena.slabs(), spill.is_some()),
+            coming: Vec::new(),
+            link_us_per_byte: LINK_US_PER_BYTE,
+            arena,
             out: device.new_stream("offload")?,
             back: device.new_stream("onboard")?,
             config,
@@ -105,7 +110,6 @@ impl Pool {
             in_flight: VecDeque::new(),
             counters: Counters::default(),
             log: SwapLog::default(),
-            turn: 0,
         })
     }
 
@@ -132,11 +136,10 @@ impl Pool {
             departures: no_fences(layers),
             begun: (Vec::new(), None),
             computed: None,
-            last_turn: self.turn,
-            due_us: None,
         };
+        self.note(Event::Created { id })?;
         self.sessions.insert(id, entry);
-        Ok(())
+        self.count(id)
     }
 
     /// Starts or resumes a forward of `id`, bringing it to the device if need be and making room
@@ -147,11 +150,8 @@ impl Pool {
             return Err(Error::Refused { id, refusal: Refusal::Running });
         }
         self.restore(id)?;
-        self.turn += 1;
-        let turn = self.turn;
+        self.note(Event::Started { id })?;
         let entry = self.entry(id)?;
-        entry.last_turn = turn;
-        entry.due_us = None;
         let tokens = entry.session.tokens();
         let pause = entry.session.begin().map_err(|refusal| Error::Refused { id, refusal })?;
         entry.begun = (tokens, pause);
@@ -198,38 +198,10 @@ impl Pool {
         entry.computed = Some(computed);
         let tail = entry.session.most_dirty();
         let waits = pause.is_none() && tail < lag_tokens;
-        if write_through && !waits { self.write_through(id, 0..layers) } else { Ok(()) }
-    }
-
-    /// `id` will be needed `eta_us` from now, on the device's clock; the farthest leaves first.
-    pub fn expect(&mut self, id: u64, eta_us: f64) -> Result<()> {
-        let due_us = self.device.now_us() + eta_us;
-        self.entry(id)?.due_us = Some(due_us);
-        Ok(())
-    }
-
-    /// Brings sessions back that are due within `lead_us`, soonest first, while slabs are free or
-    /// belong to sessions that are due later. How many came back.
-    pub fn restore_due(&mut self, lead_us: f64) -> Result<usize> {
-        let horizon_us = self.device.now_us() + lead_us;
-        let mut due: Vec<(f64, u64)> = self
-            .sessions
-            .iter()
-            .filter(|(_, entry)| entry.session.residency() == Residency::Away)
-            .filter_map(|(&id, entry)| entry.due_us.filter(|&due| due <= horizon_us).map(|due| (due, id)))
-            .collect();
-        due.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let mut restored = 0;
-        for (due_us, id) in due {
-            let free = self.arena.free_slabs() > 0;
-            let later = |entry: &Entry| entry.due_us.is_some_and(|other| other > due_us.max(horizon_us));
-            if !free && !self.victim(id).is_some_and(|victim| later(&self.sessions[&victim])) {
-                break;
-            }
-            self.restore(id)?;
-            restored += 1;
+        if write_through && !waits {
+            self.write_through(id, 0..layers)?;
         }
-        Ok(restored)
+        self.rests(id, None)
     }
 
     /// A second session with the tokens and the pause of `parent`, whose bytes it shares.
@@ -251,8 +223,11 @@ impl Pool {
         let Some(mut entry) = self.sessions.remove(&id) else { return Err(Error::Unknown { id }) };
         let fences = entry.fences();
         match entry.session.end() {
-            Ok(Some(seat)) => self.arena.give_back(&seat, fences),
-            Ok(None) => Ok(()),
+            Ok(seat) => {
+                self.coming.retain(|coming| coming.id != id);
+                self.note(Event::Finished { id })?;
+                seat.map_or(Ok(()), |seat| self.arena.give_back(&seat, fences))
+            }
             Err((session, refusal)) => {
                 entry.session = session;
                 self.sessions.insert(id, entry);
@@ -268,7 +243,8 @@ impl Pool {
         let computed = compute.record()?;
         entry.session.park(pause).map_err(|refusal| Error::Refused { id, refusal })?;
         entry.computed = Some(computed);
-        self.rewind(id, &tokens)
+        self.rewind(id, &tokens)?;
+        self.rests(id, None)
     }
 
     /// Forgets what each layer has beyond `tokens`. What is written there next waits for the copies
@@ -360,23 +336,6 @@ impl Pool {
         self.sessions.get_mut(&id).ok_or(Error::Unknown { id })
     }
 
-    /// The resident, parked session that will be needed last: the farthest of those that said when,
-    /// else the one whose turn is longest ago.
-    pub(crate) fn victim(&self, keep: u64) -> Option<u64> {
-        let parked =
-            |entry: &Entry| entry.session.residency() == Residency::Resident && !entry.session.is_running();
-        let next_use =
-            |entry: &Entry| (entry.due_us.unwrap_or(f64::NEG_INFINITY), u64::MAX - entry.last_turn);
-        self.sessions
-            .iter()
-            .filter(|&(&id, entry)| id != keep && parked(entry))
-            .max_by(|(_, a), (_, b)| {
-                let ((a_due, a_age), (b_due, b_age)) = (next_use(a), next_use(b));
-                a_due.total_cmp(&b_due).then(a_age.cmp(&b_age))
-            })
-            .map(|(&id, _)| id)
-    }
-
     /// Lets go of copies whose events have passed.
     pub(crate) fn reap(&mut self) -> Result<()> {
         let mut left = VecDeque::new();
@@ -386,7 +345,7 @@ impl Pool {
             }
         }
         self.in_flight = left;
-        Ok(())
+        self.meet()
     }
 }
 

@@ -239,6 +239,23 @@ impl<S> Session<S> {
         Ok(self.seated()?.marks.iter().map(|mark| mark.clean..mark.written).collect())
     }
 
+    /// Tokens of all layers together, written and of these clean, and the most that a layer has.
+    #[must_use]
+    pub fn totals(&self) -> (Mark, usize) {
+        let add = |(sum, most): (Mark, usize), mark: Mark| {
+            let sum = Mark { written: sum.written + mark.written, clean: sum.clean + mark.clean };
+            (sum, most.max(mark.written))
+        };
+        match &self.stage {
+            Stage::Running(seated) | Stage::Parked { place: Place::Seated(seated), .. } => {
+                seated.marks.iter().copied().fold(Default::default(), add)
+            }
+            Stage::Parked { place: Place::Away(tokens), .. } => {
+                tokens.iter().map(|&n| Mark { written: n, clean: n }).fold(Default::default(), add)
+            }
+        }
+    }
+
     /// The most tokens that any layer has on the device alone.
     #[must_use]
     pub fn most_dirty(&self) -> usize {

@@ -14,6 +14,7 @@ use crate::{
     arena::no_fences,
     host_copy::{Place, Stretch},
     log::{Cause, Pending},
+    scheduler::Event,
 };
 
 /// Layers are copied together until a batch has this many bytes: large ones alone, so that whoever
@@ -35,9 +36,10 @@ impl Pool {
     /// giving way.
     pub(crate) fn write_through(&mut self, id: u64, layers: Range<usize>) -> Result<()> {
         match self.copy_out(id, layers, Cause::WriteThrough) {
-            Err(error) if error.is_full() => Ok(()),
-            other => other,
+            Err(error) if error.is_full() => {}
+            other => other?,
         }
+        self.count(id)
     }
 
     /// Copies out all that is dirty, making room in host memory.
@@ -48,6 +50,7 @@ impl Pool {
         let before = self.counters.offloaded_bytes;
         let outcome = self.copy_out(id, 0..self.config.geometry.layers, Cause::Evict);
         self.counters.offloaded_at_eviction_bytes += self.counters.offloaded_bytes - before;
+        self.count(id)?;
         outcome
     }
 
@@ -62,13 +65,20 @@ impl Pool {
         if entry.session.is_running() {
             return Err(Error::Refused { id, refusal: Refusal::Running });
         }
+        self.leave(id)?;
+        self.note(Event::Left { id })
+    }
+
+    /// As [`Pool::evict`], decided.
+    pub(crate) fn leave(&mut self, id: u64) -> Result<()> {
         self.clean(id)?;
         let entry = self.entry(id)?;
         let seat = entry.session.leave().map_err(|refusal| Error::Refused { id, refusal })?;
         let fences = entry.fences();
         self.arena.give_back(&seat, fences)?;
         self.counters.evictions += 1;
-        Ok(())
+        self.coming.retain(|coming| coming.id != id);
+        self.count(id)
     }
 
     /// Starts bringing a session back to the device, evicting another one if need be; does nothing
@@ -79,20 +89,25 @@ impl Pool {
             return Ok(());
         }
         self.unspill(id)?;
-        if self.arena.free_slabs() == 0 {
-            let victim = self.victim(id).ok_or(Error::NoSlab { slabs: self.arena.slabs() })?;
-            self.evict(victim)?;
+        while let Some(decision) = self.scheduler.demand(self.now_us(), id)? {
+            self.carry_out(decision)?;
         }
+        Ok(())
+    }
+
+    /// As [`Pool::restore`], decided: a slab is free.
+    pub(crate) fn arrive(&mut self, id: u64) -> Result<()> {
         let slabs = self.arena.slabs();
         let (seat, fences) = self.arena.take().ok_or(Error::NoSlab { slabs })?;
         let entry = self.entry(id)?;
         entry.arrivals = fences;
         entry.departures = no_fences(entry.arrivals.len());
         entry.session.arrive(seat).map_err(|refusal| Error::Refused { id, refusal })?;
-        match self.copy_in(id) {
+        let begin = self.back.record()?;
+        match self.copy_in(id).and_then(|()| self.comes(id, begin)) {
             Ok(()) => {
                 self.counters.restores += 1;
-                Ok(())
+                self.count(id)
             }
             Err(error) => {
                 // Its host copy is whole: what did arrive is given up again.
@@ -111,12 +126,19 @@ impl Pool {
         entry.session.host_copy_dropped().map_err(|refusal| Error::Refused { id, refusal })?;
         entry.copy.clear();
         self.counters.host_copies_dropped += 1;
-        Ok(())
+        self.count(id)
     }
 
     /// Writes the host copy of a session to disk and gives back its host memory. A write that fails
     /// leaves the rest in host memory.
     pub fn spill(&mut self, id: u64) -> Result<()> {
+        let outcome = self.write_out(id);
+        self.count(id)?;
+        self.reap()?;
+        outcome
+    }
+
+    fn write_out(&mut self, id: u64) -> Result<()> {
         let Some(file) = self.spill.clone() else { return Err(self.no_disk(id)?) };
         let (begun_us, before) = (self.device.now_us(), self.counters.spilled_bytes);
         let entry = self.sessions.get_mut(&id).ok_or(Error::Unknown { id })?;
@@ -129,11 +151,20 @@ impl Pool {
         }
         let bytes = (self.counters.spilled_bytes - before) as usize;
         self.log.note(id, Cause::Spill, bytes, begun_us, self.device.now_us());
-        self.reap()
+        Ok(())
     }
 
     /// Reads what of a session is on disk into host memory. A read that fails leaves it on disk.
     pub fn unspill(&mut self, id: u64) -> Result<()> {
+        if self.entry(id)?.copy.disk_bytes() == 0 {
+            return Ok(());
+        }
+        let outcome = self.read_in(id);
+        self.count(id)?;
+        outcome
+    }
+
+    fn read_in(&mut self, id: u64) -> Result<()> {
         let layers = self.config.geometry.layers;
         let (begun_us, before) = (self.device.now_us(), self.counters.unspilled_bytes);
         for (layer, part) in (0..layers).flat_map(|layer| Part::BOTH.map(|part| (layer, part))) {
@@ -298,9 +329,8 @@ impl Pool {
         Ok(())
     }
 
-    /// Host memory for `id`. With `make_room`, first copies in flight are waited for, then the host
-    /// copies of resident sessions go, most recently used first, then sessions that are away go to
-    /// disk, farthest first.
+    /// Host memory for `id`. With `make_room`, first copies in flight are waited for, then sessions give
+    /// way as the scheduler says.
     pub(crate) fn host_extent(&mut self, bytes: usize, id: u64, make_room: bool) -> Result<HostExtent> {
         loop {
             if let Some(extent) = self.host.try_alloc(bytes)? {
@@ -311,30 +341,14 @@ impl Pool {
             }
             if let Some(oldest) = self.in_flight.pop_front() {
                 oldest.event().synchronize()?;
-            } else if let Some(resident) = self.holder(id, Residency::Resident) {
-                self.drop_host_copy(resident)?;
-            } else if let Some(away) = self.holder(id, Residency::Away).filter(|_| self.spill.is_some()) {
-                self.spill(away)?;
-            } else {
-                return Err(self.host.full(bytes).into());
+                continue;
+            }
+            self.meet()?;
+            match self.scheduler.give_way(id) {
+                Some(decision) => self.carry_out(decision)?,
+                None => return Err(self.host.full(bytes).into()),
             }
         }
-    }
-
-    /// A session with host memory to give: of the resident ones the last used, of those away the one
-    /// needed last.
-    fn holder(&self, keep: u64, residency: Residency) -> Option<u64> {
-        let holders = self.sessions.iter().filter(|&(&id, entry)| {
-            id != keep && entry.session.residency() == residency && entry.copy.host_bytes() > 0
-        });
-        let far = |due: Option<f64>| due.unwrap_or(f64::INFINITY);
-        match residency {
-            Residency::Resident => holders.max_by_key(|(_, entry)| entry.last_turn),
-            Residency::Away => holders.max_by(|(_, a), (_, b)| {
-                far(a.due_us).total_cmp(&far(b.due_us)).then(b.last_turn.cmp(&a.last_turn))
-            }),
-        }
-        .map(|(&id, _)| id)
     }
 
     fn no_disk(&mut self, id: u64) -> Result<Error> {

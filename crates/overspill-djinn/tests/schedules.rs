@@ -76,7 +76,7 @@ impl Run<'_> {
                 self.pool.remove(id)
             }
             18 => self.pool.expect(id, self.rng.f64() * 1e3),
-            19 => self.pool.restore_due(500.0).map(|_| ()),
+            19 => self.pool.tick(500.0).map(|_| ()),
             _ => Ok(()),
         }
     }

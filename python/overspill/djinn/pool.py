@@ -31,9 +31,6 @@ SLAB_BYTES = 1 << 30
 # copies much smaller than that do not fill the link.
 FLUSH_BYTES = 1 << 20
 DEFAULT_SESSION_TOKENS = 4096
-# Sessions come back this long before they are due, per byte: the link of a PCIe Gen4 x16 slot, on the
-# safe side of what is measured on Gen5.
-LEAD_S_PER_BYTE = 1 / 20e9
 # Hidden states of at least this many bytes leave into page-locked memory: from ordinary memory they come
 # back at a sixth of the link.
 PINNED_BYTES = 1 << 20
@@ -104,6 +101,7 @@ class SessionPool:
         self._fixed = FixedDecoder(self) if fixed_decode else None
         self._batches = BatchDecoder(self, captures=self._fixed is not None and self._fixed._captures)
         self._lingering: tuple[Session, int] | None = None
+        self._timer: threading.Timer | None = None
 
     def session(self, name: str) -> Session:
         """The session called ``name``, made if there is none."""
@@ -187,12 +185,22 @@ class SessionPool:
             self._settle()
             self._native.drain()
 
-    def tick(self, lead_ms: float | None = None) -> int:
-        """Brings back what is due within ``lead_ms``, as far as there is room; how many sessions came."""
-        lead_us = 1e6 * self._slab_bytes * LEAD_S_PER_BYTE if lead_ms is None else lead_ms * 1e3
+    def tick(self, lead_ms: float = 0.0) -> int:
+        """Does what the scheduler has to do by now: brings sessions back before they are due, as far as there is
+        room, and sends sessions away before room is needed. It calls itself for sessions in ``io_wait``.
+
+        Args:
+            lead_ms: who is due within this much more than its way takes comes back as well.
+
+        Returns:
+            How many sessions came back.
+        """
         with self._lock:
             self._settle()
-            return self._native.restore_due(lead_us)
+            restored = self._native.tick(lead_ms * 1e3)
+            self._follow()
+            self._arm()
+            return restored
 
     # ---- for sessions ----------------------------------------------------------------------------
 
@@ -289,12 +297,18 @@ class SessionPool:
                 turn.hidden = _host_copy(turn.hidden)
                 turn.hidden_changed, turn.hidden_version = changed, turn.hidden._version
 
-    def _due(self, eta_ms: float) -> None:
-        """Looks for sessions to bring back shortly before ``eta_ms`` from now."""
-        lead_s = 2 * self._slab_bytes * LEAD_S_PER_BYTE
-        timer = threading.Timer(max(eta_ms / 1e3 - lead_s, 0.0), _tick, [weakref.ref(self)])
-        timer.daemon = True
-        timer.start()
+    def _arm(self) -> None:
+        """Looks again when the scheduler has something to do."""
+        wake_us = self._native.wake_us()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if wake_us is not None:
+            self._timer = threading.Timer(
+                min(wake_us / 1e6, threading.TIMEOUT_MAX), _tick, [weakref.ref(self)]
+            )
+            self._timer.daemon = True
+            self._timer.start()
 
 
 def _host_copy(hidden: torch.Tensor) -> torch.Tensor:

@@ -356,14 +356,13 @@ class Session:
     # ---- placement -------------------------------------------------------------------------------
 
     def io_wait(self, eta_ms: float) -> None:
-        """The session waits for something and will be needed in ``eta_ms``: it leaves the device now, and
-        is brought back before then if there is room.
+        """The session waits for something and will be needed in ``eta_ms``. It leaves the device before memory is
+        short, if it is away for long enough to be worth it, and sets out before it is due, as far as there is room.
         """
         with self.pool._lock:
             self._ready()
             self.pool._native.expect(self._key, eta_ms * 1e3)
-            self.evict()
-            self.pool._due(eta_ms)
+            self.pool.tick()
 
     def evict(self) -> None:
         """Sends the session off the device. What is in the host copy already is not copied again."""

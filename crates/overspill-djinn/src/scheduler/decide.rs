@@ -14,24 +14,33 @@ const NOBODY: u64 = u64::MAX;
 impl Scheduler {
     /// What is to be done next, if anything is.
     pub fn next(&mut self, now_us: u64) -> Option<Decision> {
+        self.next_within(now_us, 0)
+    }
+
+    /// As [`Scheduler::next`], and who waits sets out this much earlier than it has to.
+    pub fn next_within(&mut self, now_us: u64, lead_us: u64) -> Option<Decision> {
+        let horizon_us = now_us.saturating_add(lead_us);
         self.wait_on(now_us);
         self.run(now_us)
             .or_else(|| self.onboard(now_us))
-            .or_else(|| self.read(now_us))
-            .or_else(|| self.foresee(now_us))
-            .or_else(|| self.make_spare(now_us))
+            .or_else(|| self.read(horizon_us))
+            .or_else(|| self.foresee(now_us, horizon_us))
+            .or_else(|| self.make_spare(now_us, horizon_us))
     }
 
-    /// When the passing of time alone may lead to a decision.
+    /// When to ask again, should nothing happen until then.
     #[must_use]
     pub fn wake_us(&self, now_us: u64) -> Option<u64> {
-        [Queue::Expected, Queue::Due, Queue::DueDisk, Queue::Blocked]
+        let retry_us = now_us.saturating_add(self.config.retry_us);
+        [Queue::Due, Queue::DueDisk, Queue::Blocked]
             .into_iter()
-            .filter_map(|queue| self.queues.first_after(queue, now_us))
+            .filter_map(|queue| self.queues.first(queue))
+            .map(|(key_us, _)| if key_us > now_us { key_us } else { retry_us })
             .min()
     }
 
-    /// The next step toward a slab for `id`, which comes before all others; `None` once it has one.
+    /// The next step toward a slab for `id`, which comes before all others, even before those on their
+    /// way; `None` once it has one.
     ///
     /// # Errors
     /// [`Error::NoSlab`] if every slab is another's who cannot leave.
@@ -42,7 +51,12 @@ impl Scheduler {
         if self.free_slabs() > 0 {
             return Ok(Some(self.seat(now_us, id)));
         }
-        let victim = self.victim(now_us, id).ok_or(Error::NoSlab { slabs: self.config.slabs })?;
+        self.wait_on(now_us);
+        while let Some((_, blocked)) = self.queues.first(Queue::Blocked) {
+            self.must_change(blocked, |known| known.blocked_until_us = None);
+        }
+        let victim = self.victim(now_us, id).or_else(|| self.queues.last_but(Queue::Landing, id));
+        let victim = victim.ok_or(Error::NoSlab { slabs: self.config.slabs })?;
         Ok(Some(self.send_away(victim)))
     }
 
@@ -112,20 +126,23 @@ impl Scheduler {
     }
 
     /// Of those on disk, the ready one whose deadline comes first is read; else who has to set out.
-    fn read(&mut self, now_us: u64) -> Option<Decision> {
+    fn read(&mut self, horizon_us: u64) -> Option<Decision> {
         if self.tally.reading >= self.config.reads {
             return None;
         }
         let wanted = self.queues.first(Queue::WantedDisk);
-        let (_, id) = wanted.or_else(|| self.queues.first_by(Queue::DueDisk, now_us))?;
-        self.must_change(id, |known| known.moving = Some(Moving::Reading));
+        let (_, id) = wanted.or_else(|| self.queues.first_by(Queue::DueDisk, horizon_us))?;
+        self.must_change(id, |known| {
+            known.moving = Some(Moving::Reading);
+            known.was_read = true;
+        });
         Some(Decision::Unspill(id))
     }
 
     /// Who will be needed sets out while there is room, or in the place of one that is needed much later.
-    fn foresee(&mut self, now_us: u64) -> Option<Decision> {
+    fn foresee(&mut self, now_us: u64, horizon_us: u64) -> Option<Decision> {
         while self.tally.arriving < self.config.arrivals {
-            let (_, id) = self.queues.first_by(Queue::Due, now_us)?;
+            let (_, id) = self.queues.first_by(Queue::Due, horizon_us)?;
             let Phase::Waiting { next_us, is_told, .. } = self.sessions.get(&id)?.phase else { return None };
             let free = self.free_slabs();
             if free > if is_told { 0 } else { self.config.spare_slabs } {
@@ -142,14 +159,14 @@ impl Scheduler {
     }
 
     /// Keeps a few slabs free, so that who becomes ready has one at once.
-    fn make_spare(&mut self, now_us: u64) -> Option<Decision> {
+    fn make_spare(&mut self, now_us: u64, horizon_us: u64) -> Option<Decision> {
         let policy = self.config.policy;
         let is_short = self.free_slabs() < self.config.spare_slabs;
         if !(policy.leaves_at_pause || policy.foresees && is_short) {
             return None;
         }
         let victim = self.victim(now_us, NOBODY)?;
-        let leaves = policy.leaves_at_pause || self.is_gone_for_long(victim, now_us);
+        let leaves = policy.leaves_at_pause || self.is_gone_for_long(victim, horizon_us);
         leaves.then(|| self.send_away(victim))
     }
 

@@ -1,7 +1,7 @@
 //! What the scheduler knows of one session, and the queues that follow from it.
 
 use super::{
-    config::{SchedulerConfig, Victim},
+    config::{Costs, SchedulerConfig, Victim},
     queues::{Keys, Queue},
 };
 
@@ -56,6 +56,8 @@ pub(super) struct Known {
     pub place: Place,
     pub moving: Option<Moving>,
     pub size: Size,
+    /// How long before it is due it sets out: twice what its way takes, since another one may be on it.
+    pub lead_us: u64,
     /// When it last computed.
     pub last_use_us: u64,
     /// When it took its slab.
@@ -64,6 +66,8 @@ pub(super) struct Known {
     pub habit_us: Option<u64>,
     /// Whether it was brought back ahead of time in this wait: once is enough if it was wrong.
     pub was_foreseen: bool,
+    /// Whether it was read from disk ahead of time in this wait.
+    pub was_read: bool,
     pub blocked_until_us: Option<u64>,
 }
 
@@ -105,14 +109,16 @@ impl Tally {
 impl Known {
     pub fn new(now_us: u64) -> Self {
         Self {
-            phase: Phase::Waiting { since_us: now_us, next_us: u64::MAX, is_told: false },
+            phase: Phase::Waiting { since_us: now_us, next_us: now_us, is_told: false },
             place: Place::Away,
             moving: None,
             size: Size::default(),
+            lead_us: 0,
             last_use_us: now_us,
             seated_us: now_us,
             habit_us: None,
             was_foreseen: false,
+            was_read: false,
             blocked_until_us: None,
         }
     }
@@ -159,6 +165,14 @@ impl Known {
         self.habit_us.unwrap_or(way_us.ceil() as u64)
     }
 
+    /// Its bytes are counted anew.
+    pub fn measure(&mut self, size: Size, costs: &Costs) {
+        self.size = size;
+        let link_us = self.return_bytes() as f64 * costs.in_us_per_byte;
+        let disk_us = size.disk_bytes as f64 * costs.read_us_per_byte;
+        self.lead_us = (2.0 * (link_us + disk_us)).ceil() as u64;
+    }
+
     /// Bytes that cross the link when it comes back.
     pub fn return_bytes(&self) -> u64 {
         self.size.host_bytes + self.size.disk_bytes
@@ -185,7 +199,7 @@ impl Known {
             }
             (Phase::Ready { .. }, Place::Away) => {}
             (Phase::Waiting { next_us, .. }, place) => {
-                if config.policy.victim == Victim::NextUse && next_us != u64::MAX {
+                if config.policy.victim == Victim::NextUse {
                     keys.put(Queue::Expected, next_us);
                 }
                 match (place, self.victim_key(config, next_us)) {
@@ -193,6 +207,7 @@ impl Known {
                         let is_clean = self.size.dirty_bytes <= config.clean_below_bytes;
                         keys.put(if is_clean { Queue::Clean } else { Queue::Dirty }, key);
                     }
+                    (Place::Arriving, Some(key)) => keys.put(Queue::Landing, key),
                     (Place::Away, key) if is_free => self.put_away(config, next_us, key, &mut keys),
                     _ => {}
                 }
@@ -214,19 +229,15 @@ impl Known {
         if let (Some(key), true) = (key, self.size.host_bytes > 0) {
             keys.put(Queue::Away, key);
         }
-        let comes_back = config.policy.foresees && !self.was_foreseen && next_us != u64::MAX;
-        if comes_back && self.return_bytes() > 0 {
-            let queue = if self.size.disk_bytes > 0 { Queue::DueDisk } else { Queue::Due };
-            keys.put(queue, next_us.saturating_sub(self.lead_us(config)));
+        if !config.policy.foresees || self.return_bytes() == 0 {
+            return;
         }
-    }
-
-    /// How long before it is due it sets out: twice what its way takes, since another one may be on it.
-    fn lead_us(&self, config: &SchedulerConfig) -> u64 {
-        let costs = &config.costs;
-        let link_us = self.return_bytes() as f64 * costs.in_us_per_byte;
-        let disk_us = self.size.disk_bytes as f64 * costs.read_us_per_byte;
-        (2.0 * (link_us + disk_us)).ceil() as u64
+        let start_us = next_us.saturating_sub(self.lead_us);
+        if self.size.disk_bytes == 0 && !self.was_foreseen {
+            keys.put(Queue::Due, start_us);
+        } else if self.size.disk_bytes > 0 && !self.was_read {
+            keys.put(Queue::DueDisk, start_us);
+        }
     }
 
     /// Who has the highest leaves first.

@@ -163,10 +163,13 @@ impl Scheduler {
                 self.tally = self.tally.less(known.tally());
                 Ok(())
             }
-            Event::Sized { id, size } => self.change(id, |known| {
-                known.size = size;
-                Ok(())
-            }),
+            Event::Sized { id, size } => {
+                let costs = self.config.costs;
+                self.change(id, |known| {
+                    known.measure(size, &costs);
+                    Ok(())
+                })
+            }
             Event::Seated { id } => {
                 let slabs = self.config.slabs;
                 if self.free_slabs() == 0 && self.known(id)?.place == Place::Away {
@@ -201,7 +204,7 @@ impl Scheduler {
             }
             let next_us = now_us.saturating_add(eta_us.unwrap_or(guess_us));
             known.phase = Phase::Waiting { since_us, next_us, is_told: eta_us.is_some() };
-            known.was_foreseen = false;
+            (known.was_foreseen, known.was_read) = (false, false);
             Ok(())
         })
     }
@@ -233,6 +236,12 @@ impl Scheduler {
             }
             Ok(())
         })
+    }
+
+    /// Takes note of what the link turned out to do.
+    pub fn set_link(&mut self, out_us_per_byte: f64, in_us_per_byte: f64) {
+        self.config.costs.out_us_per_byte = out_us_per_byte;
+        self.config.costs.in_us_per_byte = in_us_per_byte;
     }
 
     /// Slabs that nobody has.

@@ -24,6 +24,8 @@ pub(super) enum Queue {
     Clean,
     /// Waits on the device and is dirty, the last one leaves first.
     Dirty,
+    /// Waits on its way to the device, the last one leaves first, and only if nobody else can.
+    Landing,
     /// Waits, away, in host memory, the last one gives way first.
     Away,
     /// On the device, with a host copy, the first one's goes first.
@@ -78,12 +80,6 @@ impl Queues {
     /// The lowest key if it is not above `limit`.
     pub fn first_by(&self, queue: Queue, limit: u64) -> Option<(u64, u64)> {
         self.first(queue).filter(|&(key, _)| key <= limit)
-    }
-
-    /// The lowest key above `limit`.
-    pub fn first_after(&self, queue: Queue, limit: u64) -> Option<u64> {
-        let after = (limit.checked_add(1)?, 0);
-        self.0[queue as usize].range(after..).next().map(|&(key, _)| key)
     }
 
     /// The first session that is not `keep`.

@@ -24,15 +24,48 @@ pub struct Arrival {
     pub turns: Vec<Turn>,
 }
 
-/// A kind of wait, lognormal.
+/// The most that a trace may say.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Of any time.
+    pub us: u64,
+    /// Of a session.
+    pub tokens: u64,
+}
+
+impl Arrival {
+    /// Whether it keeps to `limits`.
+    #[must_use]
+    pub fn check(&self, limits: &Limits) -> bool {
+        let times = self.turns.iter().flat_map(|turn| [turn.wait_us, turn.eta_us.unwrap_or(0)]);
+        let tokens = self.turns.iter().map(|turn| turn.prompt_tokens.saturating_add(turn.new_tokens));
+        let is_empty = |turn: &Turn| turn.prompt_tokens == 0 || turn.new_tokens == 0;
+        times.chain([self.at_us]).all(|us| us <= limits.us)
+            && tokens.fold(0, u64::saturating_add) <= limits.tokens
+            && !self.turns.iter().any(is_empty)
+    }
+}
+
+/// Sessions of one kind.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Wait {
-    /// Of all waits, how many are of this kind; shares add up to 1.
+#[serde(deny_unknown_fields)]
+pub struct Kind {
+    /// What they use.
+    pub name: String,
+    /// Of all sessions, how many are of this kind; shares add up to 1.
     pub share: f64,
-    /// Half of them are shorter.
-    pub median_ms: f64,
-    /// Deviation of the logarithm.
-    pub sigma: f64,
+    /// Turns, on average (1 more than a geometric number).
+    pub turns: f64,
+    /// Tokens of the first prompt, on average (exponential).
+    pub prompt_tokens: f64,
+    /// Tokens of what a tool says, on average (exponential).
+    pub tool_tokens: f64,
+    /// Tokens that a turn generates, on average (exponential).
+    pub new_tokens: f64,
+    /// Half of the waits are shorter (lognormal).
+    pub wait_median_ms: f64,
+    /// Deviation of the logarithm of a wait.
+    pub wait_sigma: f64,
 }
 
 /// A trace as the few numbers that it is drawn from.
@@ -47,27 +80,37 @@ pub struct Recipe {
     pub sessions: usize,
     /// Sessions that arrive in a second, on average (Poisson).
     pub sessions_per_s: f64,
-    /// Turns of a session, on average (geometric).
-    pub turns: f64,
-    /// Tokens of the first prompt, on average (exponential).
-    pub prompt_tokens: f64,
-    /// Tokens of what a tool says, on average (exponential).
-    pub tool_tokens: f64,
-    /// Tokens that a turn generates, on average (geometric).
-    pub new_tokens: f64,
-    /// A session ends when it has this many tokens.
+    /// A session ends before it would have more tokens.
     pub limit_tokens: u64,
-    /// How long tools take.
-    pub waits: Vec<Wait>,
     /// Share of waits of which the session says how long they will be.
     pub told_share: f64,
     /// Deviation of the logarithm of what it says over what is true.
     pub told_sigma: f64,
+    /// What sessions there are.
+    pub kinds: Vec<Kind>,
     /// xxh3-64 of the trace: that the generator still draws what it drew.
     pub xxh3: Option<String>,
 }
 
 impl Recipe {
+    /// What makes no sense in it, if anything.
+    ///
+    /// # Errors
+    /// In words.
+    pub fn check(&self) -> Result<(), String> {
+        let is_good = |value: f64| value.is_finite() && (0.0..1e9).contains(&value);
+        let all = |kind: &Kind| {
+            let tokens = [kind.prompt_tokens, kind.tool_tokens, kind.new_tokens, kind.turns];
+            let rest = [kind.share, kind.wait_median_ms, kind.wait_sigma];
+            tokens.iter().all(|&value| value >= 1.0 && is_good(value)) && rest.iter().all(|&v| is_good(v))
+        };
+        let rates = is_good(self.told_share) && is_good(self.told_sigma) && self.sessions_per_s > 1e-6;
+        if self.kinds.is_empty() || !self.kinds.iter().all(all) || !rates || self.sessions > 10_000_000 {
+            return Err("a number of the recipe is missing, negative, not finite or too large".into());
+        }
+        Ok(())
+    }
+
     /// Draws the trace.
     #[must_use]
     pub fn draw(&self) -> Vec<Arrival> {
@@ -81,34 +124,30 @@ impl Recipe {
     }
 
     fn turns(&self, rng: &mut fastrand::Rng) -> Vec<Turn> {
-        let count = 1 + exponential(rng, self.turns - 1.0) as usize;
+        let mut at = rng.f64();
+        let is_it = |kind: &&Kind| {
+            at -= kind.share;
+            at < 0.0
+        };
+        let Some(kind) = self.kinds.iter().find(is_it).or(self.kinds.last()) else { return Vec::new() };
+        let count = 1 + exponential(rng, kind.turns - 1.0).round() as usize;
         let mut room = self.limit_tokens;
         let mut turns: Vec<Turn> = Vec::new();
         for number in 0..count {
-            let mean = if number == 0 { self.prompt_tokens } else { self.tool_tokens };
+            let mean = if number == 0 { kind.prompt_tokens } else { kind.tool_tokens };
             let prompt_tokens = 1 + exponential(rng, mean - 1.0) as u64;
-            let new_tokens = 1 + exponential(rng, self.new_tokens - 1.0) as u64;
+            let new_tokens = 1 + exponential(rng, kind.new_tokens - 1.0) as u64;
+            let wait_us = (1e3 * kind.wait_median_ms * (kind.wait_sigma * normal(rng)).exp()) as u64;
+            let error = (self.told_sigma * normal(rng)).exp();
+            let is_told = rng.f64() < self.told_share;
             if prompt_tokens + new_tokens > room {
                 break;
             }
             room -= prompt_tokens + new_tokens;
-            let wait_us = self.wait_us(rng);
-            let error = (self.told_sigma * normal(rng)).exp();
-            let is_told = rng.f64() < self.told_share;
             let eta_us = is_told.then_some((wait_us as f64 * error) as u64);
             turns.push(Turn { prompt_tokens, new_tokens, wait_us, eta_us });
         }
         turns
-    }
-
-    fn wait_us(&self, rng: &mut fastrand::Rng) -> u64 {
-        let mut at = rng.f64();
-        let kind = self.waits.iter().find(|wait| {
-            at -= wait.share;
-            at < 0.0
-        });
-        let kind = kind.or(self.waits.last());
-        kind.map_or(0, |wait| (1e3 * wait.median_ms * (wait.sigma * normal(rng)).exp()) as u64)
     }
 }
 

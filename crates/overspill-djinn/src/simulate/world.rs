@@ -73,6 +73,8 @@ pub(super) struct World<'a> {
     /// Of these, on their way to disk.
     writing_bytes: u64,
     tells_truth: bool,
+    deadline_us: u64,
+    missed: u64,
     outcome: Outcome,
 }
 
@@ -105,6 +107,8 @@ impl<'a> World<'a> {
             host_bytes: 0,
             writing_bytes: 0,
             tells_truth,
+            deadline_us: u64::MAX,
+            missed: 0,
             outcome: Outcome::default(),
         };
         for (id, arrival) in trace.iter().enumerate() {
@@ -113,9 +117,14 @@ impl<'a> World<'a> {
         world
     }
 
-    /// Runs to the end of the trace, or until nothing more can happen.
-    pub fn run(mut self) -> crate::Result<Outcome> {
+    /// Runs to the end of the trace, until nothing more can happen, or until more than `most_missed` turns had
+    /// their first token later than `deadline_us` after they were ready.
+    pub fn run(mut self, deadline_us: u64, most_missed: u64) -> crate::Result<Outcome> {
+        self.deadline_us = deadline_us;
         while let Some(Reverse((now_us, _, happening))) = self.happenings.pop() {
+            if self.missed > most_missed {
+                break;
+            }
             self.now_us = now_us;
             self.happen(happening)?;
             self.decide()?;
@@ -406,7 +415,9 @@ impl<'a> World<'a> {
         self.outcome.end_us = self.now_us;
         if !state.has_begun {
             state.has_begun = true;
-            self.outcome.first_us.push(self.now_us - state.ready_us);
+            let first_us = self.now_us - state.ready_us;
+            self.missed += u64::from(first_us > self.deadline_us);
+            self.outcome.first_us.push(first_us);
         }
     }
 
