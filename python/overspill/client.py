@@ -77,7 +77,7 @@ class Routes:
         return self._call("POST", _path(session, "fork"), {"id": child})
 
     def io_wait(self, session: str, eta_ms: float) -> Any:
-        """It waits for something, and leaves the device until shortly before."""
+        """It waits for something, and gives way on the device until shortly before."""
         return self._call("POST", _path(session, "io_wait"), {"eta_ms": eta_ms})
 
     def steer(
