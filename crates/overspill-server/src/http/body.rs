@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use axum::{
     body::{self, Body, Bytes},
+    extract::{FromRequest, Request},
     http::{HeaderMap, HeaderValue, header},
     response::{IntoResponse, Response},
 };
@@ -25,17 +26,31 @@ pub async fn read(app: &App, body: Body, limit_bytes: usize) -> Result<Bytes> {
 }
 
 /// A body of JSON. Its type has to say so: a form of another site's page cannot.
-pub async fn read_json(app: &App, headers: &HeaderMap, body: Body) -> Result<Bytes> {
-    let bytes = read(app, body, app.limits.body_bytes).await?;
-    if !bytes.is_empty() {
-        expect_type(headers, "application/json")?;
+pub struct Json(pub Bytes);
+
+impl FromRequest<Arc<App>> for Json {
+    type Rejection = Error;
+
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self> {
+        let (parts, body) = request.into_parts();
+        let bytes = read(app, body, app.limits.body_bytes).await?;
+        if !bytes.is_empty() {
+            expect_type(&parts.headers, "application/json")?;
+        }
+        Ok(Self(bytes))
     }
-    Ok(bytes)
 }
 
-/// As [`read_json`], by member.
-pub async fn read_fields(app: &Arc<App>, headers: &HeaderMap, body: Body) -> Result<Fields> {
-    Fields::parse(&read_json(app, headers, body).await?)
+/// As [`Json`], by member.
+pub struct Members(pub Fields);
+
+impl FromRequest<Arc<App>> for Members {
+    type Rejection = Error;
+
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self> {
+        let Json(bytes) = Json::from_request(request, app).await?;
+        Fields::parse(&bytes).map(Self)
+    }
 }
 
 /// Refuses a body of another type.

@@ -8,14 +8,17 @@ use std::{
 use axum::{
     body::{Body, Bytes},
     extract::{Path, State},
-    http::HeaderMap,
     response::Response,
 };
 use futures_util::stream;
 use serde_json::Value;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-use super::{App, Caller, body, sessions::Name};
+use super::{
+    App, Caller,
+    body::{self, Json, Members},
+    sessions::Name,
+};
 use crate::{
     Error, Result,
     keys::Owner,
@@ -32,20 +35,14 @@ pub const SILENCE: Duration = Duration::from_secs(15);
 pub async fn completions(
     State(app): State<Arc<App>>,
     Caller(owner): Caller,
-    headers: HeaderMap,
-    body: Body,
+    Json(body): Json,
 ) -> Result<Response> {
-    generate(&app, owner, &headers, body, Kind::Text).await
+    generate(&app, owner, &body, Kind::Text).await
 }
 
 /// `POST /v1/chat/completions`
-pub async fn chat(
-    State(app): State<Arc<App>>,
-    Caller(owner): Caller,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response> {
-    generate(&app, owner, &headers, body, Kind::Chat).await
+pub async fn chat(State(app): State<Arc<App>>, Caller(owner): Caller, Json(body): Json) -> Result<Response> {
+    generate(&app, owner, &body, Kind::Chat).await
 }
 
 /// `POST /v1/sessions/{id}/resume`: the rest of a paused generation, as its own route would answer.
@@ -53,23 +50,14 @@ pub async fn resume(
     State(app): State<Arc<App>>,
     Caller(owner): Caller,
     Path(name): Name,
-    headers: HeaderMap,
-    body: Body,
+    Members(mut fields): Members,
 ) -> Result<Response> {
-    let mut fields = body::read_fields(&app, &headers, body).await?;
     let delivery = request::delivery(&mut fields)?;
     answer(&app, owner, Work::Resume { name }, delivery).await
 }
 
-async fn generate(
-    app: &Arc<App>,
-    owner: Owner,
-    headers: &HeaderMap,
-    body: Body,
-    kind: Kind,
-) -> Result<Response> {
-    let body = body::read_json(app, headers, body).await?;
-    let wanted = request::generate(&body, kind, &app.info.id, &app.limits)?;
+async fn generate(app: &Arc<App>, owner: Owner, body: &[u8], kind: Kind) -> Result<Response> {
+    let wanted = request::generate(body, kind, &app.info.id, &app.limits)?;
     let delivery = wanted.delivery;
     answer(app, owner, Work::Begin(wanted), delivery).await
 }

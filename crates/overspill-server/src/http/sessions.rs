@@ -10,7 +10,10 @@ use axum::{
 };
 use serde_json::Value;
 
-use super::{App, Caller, body};
+use super::{
+    App, Caller,
+    body::{self, Members},
+};
 use crate::{
     Error, Result,
     control::{Act, Answer, Deed, Steer},
@@ -36,10 +39,8 @@ pub async fn list(State(app): App_, Caller(owner): Caller) -> Result<Response> {
 pub async fn create(
     State(app): App_,
     Caller(owner): Caller,
-    headers: HeaderMap,
-    body: Body,
+    Members(mut fields): Members,
 ) -> Result<Response> {
-    let mut fields = body::read_fields(&app, &headers, body).await?;
     let (name, exact) = (new_name(&mut fields)?, fields.flag("exact")?);
     ask(&app, owner, Act::Create { name, exact }).await
 }
@@ -59,10 +60,8 @@ pub async fn pause(
     State(app): App_,
     Caller(owner): Caller,
     name: NameOrNot,
-    headers: HeaderMap,
-    body: Body,
+    Members(mut fields): Members,
 ) -> Result<Response> {
-    let mut fields = body::read_fields(&app, &headers, body).await?;
     let layer = fields.count("layer", 0..=u64::from(u32::MAX))?.map(|layer| layer as usize);
     one(&app, owner, name, Deed::Pause { layer }).await
 }
@@ -72,10 +71,8 @@ pub async fn fork(
     State(app): App_,
     Caller(owner): Caller,
     name: NameOrNot,
-    headers: HeaderMap,
-    body: Body,
+    Members(mut fields): Members,
 ) -> Result<Response> {
-    let mut fields = body::read_fields(&app, &headers, body).await?;
     let child = new_name(&mut fields)?;
     one(&app, owner, name, Deed::Fork { name: child }).await
 }
@@ -85,10 +82,8 @@ pub async fn io_wait(
     State(app): App_,
     Caller(owner): Caller,
     name: NameOrNot,
-    headers: HeaderMap,
-    body: Body,
+    Members(mut fields): Members,
 ) -> Result<Response> {
-    let mut fields = body::read_fields(&app, &headers, body).await?;
     let eta_ms = fields.number("eta_ms", 0.0..=MAX_ETA_MS)?;
     let eta_ms = eta_ms.ok_or_else(|| Error::invalid("eta_ms", "eta_ms is needed"))?;
     one(&app, owner, name, Deed::IoWait { eta_ms }).await
@@ -99,10 +94,8 @@ pub async fn steer(
     State(app): App_,
     Caller(owner): Caller,
     name: NameOrNot,
-    headers: HeaderMap,
-    body: Body,
+    Members(mut fields): Members,
 ) -> Result<Response> {
-    let mut fields = body::read_fields(&app, &headers, body).await?;
     let steer = steering(&mut fields)?;
     one(&app, owner, name, Deed::Steer(steer)).await
 }
