@@ -111,7 +111,7 @@ PEER_FILES := trl/models/activation_offloading.py $(addprefix unsloth_zoo/,gradi
     integrated_device.py device_type.py mlx/__init__.py mlx/runtime.py)
 gpu-bundle: build  ## what gpu/run.sh needs on an offline machine with a GPU
 	rm -rf $(BUNDLE) && mkdir -p $(BUNDLE)/peers target/demo
-	$(IN) maturin build --release --quiet --out $(BUNDLE)
+	$(IN) maturin build --release --strip --quiet --out $(BUNDLE)
 	cargo test --release --quiet --no-run -p overspill-device --test conformance_cuda
 	cp "$$(ls -t target/release/deps/conformance_cuda-* | grep -v '\.d$$' | head -n 1)" $(BUNDLE)/conformance_cuda
 	strip $(BUNDLE)/conformance_cuda
