@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import _native, tpde
+from ._checkpoint import DEFAULT_MEMORY_BYTES, PathType, Progress, Source, StateDict
 
 PARAMS, MOMENTS = "params", "moments"
 
@@ -57,10 +58,10 @@ class Chain:
 
     def __init__(
         self,
-        folder: tpde.PathType,
+        folder: PathType,
         *,
         create: bool = True,
-        memory_bytes: int = tpde.DEFAULT_MEMORY_BYTES,
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
         threads: int = 0,
     ) -> None:
         self._limits: dict[str, Any] = {"memory_bytes": memory_bytes, "threads": threads}
@@ -72,11 +73,11 @@ class Chain:
     def commit(
         self,
         step: int,
-        params: tpde.PathType | tpde.StateDict,
-        moments: tpde.PathType | tpde.StateDict | None = None,
+        params: PathType | StateDict,
+        moments: PathType | StateDict | None = None,
         *,
-        others: Mapping[str, tpde.StateDict] | None = None,
-        progress: tpde.Progress | None = None,
+        others: Mapping[str, StateDict] | None = None,
+        progress: Progress | None = None,
     ) -> ChainStep:
         """Adds a step; when this returns it is durable. ``moments``, and ``others`` by name, are kept and counted apart."""
         self.wait()
@@ -85,11 +86,11 @@ class Chain:
     def commit_later(
         self,
         step: int,
-        params: tpde.StateDict,
-        moments: tpde.StateDict | None = None,
+        params: StateDict,
+        moments: StateDict | None = None,
         *,
-        others: Mapping[str, tpde.StateDict] | None = None,
-        progress: tpde.Progress | None = None,
+        others: Mapping[str, StateDict] | None = None,
+        progress: Progress | None = None,
     ) -> Future[ChainStep]:
         """As :meth:`commit`, but returns once the tensors are copied (to pinned memory from a GPU): the training may go
         on and change them. Encoding and writing follow on a thread; one commit at a time, the next waits for it.
@@ -106,12 +107,12 @@ class Chain:
         pending, self._pending = self._pending, None
         return pending.result() if pending else None
 
-    def _commit(self, step: int, parts: Mapping[str, Any], progress: tpde.Progress | None) -> ChainStep:
-        sources = {name: tpde._Source(state) for name, state in parts.items() if state is not None}
+    def _commit(self, step: int, parts: Mapping[str, Any], progress: Progress | None) -> ChainStep:
+        sources = {name: Source(state) for name, state in parts.items() if state is not None}
         named = [(name, source.native) for name, source in sources.items() if source.native is not None]
         return _step(self._native.commit(step, named, progress=progress))
 
-    def _snapshot(self, part: str, state: tpde.StateDict) -> dict[str, Any]:
+    def _snapshot(self, part: str, state: StateDict) -> dict[str, Any]:
         """Copies of a state's tensors in host memory of the chain's own, used again by the next commit."""
         import torch
 
@@ -132,10 +133,10 @@ class Chain:
     def restore(
         self,
         step: int | None = None,
-        output: tpde.PathType | None = None,
+        output: PathType | None = None,
         *,
         part: str = PARAMS,
-        progress: tpde.Progress | None = None,
+        progress: Progress | None = None,
     ) -> dict[str, Any]:
         """The state dict of a step (the newest if None), or the checkpoint ``output`` (then the dict is empty)."""
         self.wait()
@@ -153,7 +154,7 @@ class Chain:
         base = tpde.apply(anchor, keyframe, **self._limits)
         return tpde.apply(patch, base, base_id=base_id, progress=progress, **self._limits)
 
-    def verify(self, *, decode: bool = False, progress: tpde.Progress | None = None) -> int:
+    def verify(self, *, decode: bool = False, progress: Progress | None = None) -> int:
         """Checks every byte (and with ``decode`` every step); returns how many steps there are."""
         return self._native.verify(decode=decode, progress=progress)[0]
 

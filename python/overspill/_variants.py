@@ -14,15 +14,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import tpde
+from ._checkpoint import PathType, tensors_of
+from ._patch import resident_id
 from .errors import FormatError
 
 
 class Variants:
     """The variants of a resident model; see :func:`overspill.tpde.variants`."""
 
-    def __init__(self, model: Any, patches: Mapping[str, tpde.PathType | bytes | tpde.Patch]) -> None:
+    def __init__(self, model: Any, patches: Mapping[str, PathType | bytes | tpde.Patch]) -> None:
         self.model = model
-        self.base_id = tpde.resident_id(model)
+        self.base_id = resident_id(model)
         self._ways: dict[str, tuple[tpde.Patch, tpde.Patch]] = {}
         self._current: str | None = None
         self._state: str | None = self.base_id
@@ -44,7 +46,7 @@ class Variants:
         """Size of all patches, both ways."""
         return sum(patch.packed_bytes for ways in self._ways.values() for patch in ways)
 
-    def add(self, name: str, patch: tpde.PathType | bytes | tpde.Patch) -> None:
+    def add(self, name: str, patch: PathType | bytes | tpde.Patch) -> None:
         """Adds a variant that ``patch`` makes of the base; the weights go back to the base for it.
 
         Raises FormatError for a patch of another base, ValueError for a name that is taken or a patch without a
@@ -56,7 +58,7 @@ class Variants:
         if there.kind == "standalone":
             raise ValueError(f"{name!r} stands alone; a variant is a patch of the base")
         self.switch(None)
-        base = {key: tensor.detach().cpu() for key, tensor in tpde.tensors_of(self.model).items()}
+        base = {key: tensor.detach().cpu() for key, tensor in tensors_of(self.model).items()}
         back = tpde.pack(there.apply(base, base_id=self.base_id), base)
         assert back.data is not None
         self._ways[name] = (there, tpde.Patch(back.data))

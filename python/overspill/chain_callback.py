@@ -27,8 +27,8 @@ import numpy
 import torch
 from transformers import TrainerCallback
 
-from . import tpde
 from ._chain import MOMENTS, Chain
+from ._checkpoint import PathType
 
 REST = "rest"
 _TENSOR = "overspill tensor "
@@ -41,7 +41,7 @@ class ChainCallback(TrainerCallback):
     One process only: sharded states have other savers.
     """
 
-    def __init__(self, folder: tpde.PathType, every: int = 100) -> None:
+    def __init__(self, folder: PathType, every: int = 100) -> None:
         if every < 1:
             raise ValueError(f"every {every}th step is none")
         self.chain = Chain(folder)
@@ -76,7 +76,7 @@ class ChainCallback(TrainerCallback):
         }
         self.chain.commit_later(state.global_step, model.state_dict(), tensors, others={REST: rest})
 
-    def checkpoint(self, folder: tpde.PathType, step: int | None = None) -> str:
+    def checkpoint(self, folder: PathType, step: int | None = None) -> str:
         """Writes the checkpoint of ``step`` (the newest if None) as Trainer would have, into ``folder``; returns it."""
         self.chain.wait()
         log = self.chain.log()

@@ -35,8 +35,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from . import tpde
 from ._chain import MOMENTS, PARAMS, Chain
+from ._checkpoint import PathType
 
 _METADATA = "metadata"
 _OPTIMIZERS = ("optim", "optimizer", "optimizers")
@@ -79,7 +79,7 @@ def _done(value: Any) -> Any:
 class ChainWriter(StorageWriter):
     """Commits what DCP saves as ``step`` of the chains in ``folder``, which every rank reaches."""
 
-    def __init__(self, folder: tpde.PathType, step: int) -> None:
+    def __init__(self, folder: PathType, step: int) -> None:
         self.folder, self.step = Path(folder), step
         self.rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
@@ -138,7 +138,7 @@ class ChainReader(StorageReader):
         ValueError: the step is not complete.
     """
 
-    def __init__(self, folder: tpde.PathType, step: int | None = None) -> None:
+    def __init__(self, folder: PathType, step: int | None = None) -> None:
         self.folder = Path(folder)
         complete = [found.step for found in _chain(self.folder, _METADATA, create=False).log()]
         if not complete or (step is not None and step not in complete):

@@ -18,6 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import tpde
+from ._patch import DevicePatch
 from .errors import FormatError
 
 __all__ = ["JITCompressedLinear"]
@@ -139,7 +140,7 @@ class JITCompressedLinear(torch.nn.Module):
     def _prepare(self, device: torch.device) -> tuple[torch.device, Any]:
         """The weight on the CPU, or the patch on CUDA, without a look at anything that may change meanwhile."""
         if device.type == "cuda":
-            return device, tpde.DevicePatch(self._patch, device)
+            return device, DevicePatch(self._patch, device)
         base = self._checked_base(device)
         state = None if base is None else {"weight": self._described(base)}
         return device, self._patch.apply(state, base_id=self._patch.base_id, threads=1)["weight"]

@@ -23,6 +23,8 @@ from typing import Any, Protocol
 import torch
 
 from . import tpde
+from ._checkpoint import PathType, tensors_of
+from ._patch import resident_id, written
 from .errors import FormatError
 
 __all__ = [
@@ -137,9 +139,9 @@ class Receiver:
             raise ValueError(
                 "a model in a layout of its own needs the id of the state that it was loaded with"
             )
-        self.state: str | None = state or tpde.resident_id(model)
+        self.state: str | None = state or resident_id(model)
 
-    def apply(self, patch: tpde.PathType | bytes | tpde.Patch) -> str:
+    def apply(self, patch: PathType | bytes | tpde.Patch) -> str:
         """Turns the weights into those that a patch makes and returns their state's id.
 
         A failure after the first write leaves weights that are neither; they must be loaded anew then, and every
@@ -169,7 +171,7 @@ class Receiver:
     def _whole(self, patch: tpde.Patch) -> dict[str, torch.Tensor] | None:
         """The patch's tensors as contiguous views of parameters, if that is what they all are."""
         if self._layout is None:
-            return dict(tpde.tensors_of(self.model))
+            return dict(tensors_of(self.model))
         parameters, found = dict(self.model.named_parameters()), {}
         for name, info in patch.tensors.items():
             pieces = self._layout.get(name, [])
@@ -199,7 +201,7 @@ class Receiver:
                 )
                 data = parameters[piece.parameter].data
                 data.view(_WORDS[data.element_size()])[local] = words[inside]
-                tpde.written(parameters[piece.parameter])
+                written(parameters[piece.parameter])
 
 
 @dataclass
