@@ -241,6 +241,7 @@ STANDALONE: dict[str, Callable[..., Peer]] = {
     "tpde": ours,
     "dfloat11": dfloat,
     "nvcomp_ans": nvcomp_final("ANS"),
+    "nvcomp_ans_16bit": nvcomp_final("ANS", data_type="<f2"),
     "nvcomp_ans_exponents": nvcomp_planes("ANS"),
     "nvcomp_zstd": nvcomp_final("Zstd"),
     "nvcomp_bitcomp": nvcomp_final("Bitcomp", data_type="<u2"),

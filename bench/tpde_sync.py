@@ -86,9 +86,14 @@ def measure(
     ROWS.append(
         row(f"tpde_sync.receive_ms.lr{lr:g}", open_ms + apply_ms if same else None, "ms", note=note, **facts)
     )
+    facts = {"peer": "all weights down and up again, page-locked, ms", "peer_value": all_ms}
+    total_ms = down_ms + pack_ms + open_ms + apply_ms
+    ROWS.append(
+        row(f"tpde_sync.end_to_end_ms.lr{lr:g}", total_ms if same else None, "ms", note=note, **facts)
+    )
     facts = {"peer": "all weights in bf16", "peer_value": raw_bytes}
     ROWS.append(row(f"tpde_sync.bytes.lr{lr:g}", packed.packed_bytes, "B", note=note, **facts))
-    print(ROWS[-2], flush=True)
+    print(*ROWS[-3:], sep="\n", flush=True)
     write_results("tpde_sync", ROWS)
 
 

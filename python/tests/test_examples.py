@@ -17,6 +17,13 @@ def test_weight_sync_ends_with_the_same_bits() -> None:
     assert "bit for bit" in done.stdout
 
 
+def test_a_streamed_model_makes_the_same_tokens() -> None:
+    command = [sys.executable, str(EXAMPLES / "stream_model.py"), "--device", "cpu", "--tokens", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "the same tokens" in done.stdout
+
+
 def test_fine_tune_ends_with_the_same_bits() -> None:
     """transformers' Trainer, accelerate and peft under STORM."""
     done = subprocess.run(
