@@ -90,6 +90,8 @@ class OnCuda:
         assert unit.payload is not None
         if unit.weights[0].streamed is None:
             unit.live = views(unit.payload, unit.weights)
+            if unit.is_resident:
+                self._arrived(self._send(unit, None)).synchronize()
             return
         unit.live = views(self._buffer, unit.weights)
         at = 0
