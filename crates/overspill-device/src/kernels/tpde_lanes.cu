@@ -404,24 +404,29 @@ template <typename W> static __device__ W round_to(u32 bits, const Segment& segm
     return (W)(segment.key_shift == 10 ? float_to_half(bits) : float_to_bf16(bits));
 }
 
-// What a quantized block says about its weight `lane`.
+// What a quantized block stores for its weight `lane`: loaded well before it is looked at.
+struct Stored {
+    u32 scale, least, level;
+    __device__ void fetch(const Segment& segment, u32 block, u32 lane) {
+        u32 kind = QUANT(segment.flags), bytes = kind == 1 ? 18 : kind == 2 ? 20 : 34;
+        const u8* at = (const u8*)segment.base + (u64)block * bytes;
+        scale = __ldg(at) | (u32)__ldg(at + 1) << 8;
+        least = kind == 2 ? __ldg(at + 2) | (u32)__ldg(at + 3) << 8 : 0;
+        level = __ldg(at + (kind == 3 ? 2 + lane : (kind == 1 ? 2 : 4) + lane % 16));
+    }
+};
+
+// What it says about that weight.
 template <typename W> struct Predicted { W word, pivot; u32 key; };
 
 template <typename W>
-static __device__ Predicted<W> predict(const Segment& segment, u32 block, u32 lane) {
-    u32 kind = QUANT(segment.flags), bytes = kind == 1 ? 18 : kind == 2 ? 20 : 34;
-    const u8* at = (const u8*)segment.base + (u64)block * bytes;
-    u32 stored = at[0] | (u32)at[1] << 8;
+static __device__ Predicted<W> predict(const Segment& segment, const Stored& own, u32 lane) {
+    u32 kind = QUANT(segment.flags), stored = own.scale;
     float scale = half_to_float(stored);
-    int level;
-    if (kind == 3) {
-        level = (signed char)at[2 + lane];
-    } else {
-        u32 pair = at[(kind == 1 ? 2 : 4) + lane % 16];
-        level = (int)(lane < 16 ? pair & 15 : pair >> 4) - (kind == 1 ? 8 : 0);
-    }
+    int level = kind == 3 ? (signed char)own.level
+                          : (int)(lane < 16 ? own.level & 15 : own.level >> 4) - (kind == 1 ? 8 : 0);
     float value = __fmul_rn(scale, (float)level);
-    if (kind == 2) value = __fadd_rn(value, half_to_float(at[2] | (u32)at[3] << 8));
+    if (kind == 2) value = __fadd_rn(value, half_to_float(own.least));
     u32 bits = __float_as_uint(value), scale_bits = __float_as_uint(scale);
     if ((bits & 0x7fffffff) > 0x7f800000) bits = 0x7fc00000;
     int above = (int)(bits >> 23 & 255) - (int)(scale_bits >> 23 & 255) + 1;
@@ -432,10 +437,10 @@ static __device__ Predicted<W> predict(const Segment& segment, u32 block, u32 la
     return made;
 }
 
-// Raw bits of a chunk that a warp reads in order: 64 aligned words, two a lane, the second half on its way.
+// Raw bits of a chunk that a warp reads in order: 96 aligned words, three a lane, the last of them on its way.
 struct RawBits {
     const u32 *start, *end;
-    u32 skipped, first, held, ahead;
+    u32 skipped, first, held, ahead, far;
     __device__ u32 word(u32 i) const { return start + i < end ? __ldg(start + i) : 0; }
     __device__ void open(const u8* from, const u8* to, u32 lane) {
         start = (const u32*)((u64)from & ~3ull);
@@ -444,18 +449,25 @@ struct RawBits {
         first = 0;
         held = word(lane);
         ahead = word(lane + 32);
+        far = word(lane + 64);
     }
-    // The 32 bits from `bit` on, which never goes back; what lies behind the end is not bits of the chunk.
-    __device__ u32 from(u32 bit, u32 lane) {
-        bit += skipped;
-        while (bit / 32 - first >= 32) {
+    // Goes on to `bit`, the same for all lanes, which never goes back.
+    __device__ void reach(u32 bit, u32 lane) {
+        while ((bit + skipped) / 32 - first >= 32) {
             first += 32;
             held = ahead;
-            ahead = word(first + 32 + lane);
+            ahead = far;
+            far = word(first + 64 + lane);
         }
-        u32 word = bit / 32 - first;
-        u32 low = __shfl_sync(ALL, held, word), high = __shfl_sync(ALL, word < 31 ? held : ahead, (word + 1) & 31);
-        return __funnelshift_r(low, high, bit & 31);
+    }
+    // The 32 bits from a lane's own `bit` on, at most 31 words behind what was reached; what lies behind the end is not
+    // bits of the chunk.
+    __device__ u32 from(u32 bit) const {
+        bit += skipped;
+        u32 i = bit / 32 - first;
+        u32 a = __shfl_sync(ALL, held, i & 31), b = __shfl_sync(ALL, ahead, i & 31);
+        u32 c = __shfl_sync(ALL, held, (i + 1) & 31), d = __shfl_sync(ALL, ahead, (i + 1) & 31);
+        return __funnelshift_r(i < 32 ? a : b, i < 31 ? c : d, bit & 31);
     }
 };
 
@@ -470,27 +482,33 @@ static __device__ void quantized_words(const Work& work, const DenseTables& tabl
     const Segment& segment = *work.segment;
     const u8* end = work.payload.end;
     bool is_float = segment.flags & IS_FLOAT, fits = true;
-    u32 raw = 0;
+    u32 raw = 0, block = work.first / 32, last = block + (work.words - 1) / 32;
     RawBits raw_bits;
     raw_bits.open(at, end, lane);
+    Stored next, after;
+    next.fetch(segment, block, lane);
+    after.fetch(segment, min(block + 1, last), lane);
     for (u32 step = 0; step < work.words; step += 32) {
         u32 n = step + lane;
         bool active = n < work.words;
-        Predicted<W> predicted = predict<W>(segment, (work.first + step) / 32, lane);
+        Predicted<W> predicted = predict<W>(segment, next, lane);
+        next = after;
+        after.fetch(segment, min(++block + 1, last), lane);
         u32 c = tables.class_of[predicted.key];
         u32 entry = tables.entries[256 * c + tables.slots[4096 * c + (state & 4095)]];
         u32 symbol = step_lane(state, words, entry, active, lane, below), least, width;
         bool changed = active && symbol != 0;
         fits = (magnitude(symbol, bits, least, width) || !changed) && fits;
         u32 who = __ballot_sync(ALL, changed), prefix = __popc(who & below), all = __popc(who), sign;
+        raw_bits.reach(raw, lane);
         if (!__any_sync(ALL, changed && width)) {
-            sign = raw_bits.from(raw, lane) >> prefix & 1;
+            sign = raw_bits.from(raw) >> prefix & 1;
         } else {
-            u32 own = changed ? width + 1 : 0, sums = scan(own, lane), bit = raw + sums - own;
-            const u8* p = at + (bit >> 3);
-            u32 shift = bit & 7, low = load32(p, end), high = load32(p + 4, end);
-            sign = low >> shift & 1;
-            least += low_bits(__funnelshift_r(low, high, shift + 1), width);
+            // A sign and at most 28 bits a lane: 29 words.
+            u32 own = changed ? width + 1 : 0, sums = scan(own, lane);
+            u32 bits_here = raw_bits.from(raw + sums - own);
+            sign = bits_here & 1;
+            least += low_bits(bits_here >> 1, width);
             all = __shfl_sync(ALL, sums, 31);
         }
         u32 change = !changed ? 0 : sign ? 0u - least : least;
@@ -631,7 +649,11 @@ static __device__ void decode_dense(const Segment* segments, u32 count, const u3
     const W* base = (const W*)segment.base + work.first;
     if (!work.mine) {
         if (work.mode == 0 && quant) {
-            for (u32 n = lane; n < work.words; n += 32) out[n] = predict<W>(segment, (work.first + n) / 32, lane).word;
+            for (u32 n = lane; n < work.words; n += 32) {
+                Stored own;
+                own.fetch(segment, (work.first + n) / 32, lane);
+                out[n] = predict<W>(segment, own, lane).word;
+            }
         } else if (work.mode == 1 && quant) {
             copy_chunk<W>(segment, work.payload, work.first, work.words, lane, 32, status, work.number);
         } else {
