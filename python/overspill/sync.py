@@ -318,10 +318,11 @@ class PatchTrainerEngine:
     absolute: bool = True
     folder: Path | None = None
     _last: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    _spare: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     _round: int = 0
 
     def __post_init__(self) -> None:
-        self._last = _copy(self.source())
+        self._last = host_copy(self.source(), {})
         shapes = {name: list(tensor.shape) for name, tensor in self._last.items()}
         info = InitInfo(shapes, tpde.state_id(self._last))
         self.client.init_weight_transfer_engine(asdict(info))
@@ -335,20 +336,29 @@ class PatchTrainerEngine:
 
     def send_weights(self) -> tpde.Packed:
         """One round: pack, start, update, finish. The workers are in state ``final_id`` then."""
-        final = _copy(self.source())
+        final = host_copy(self.source(), self._spare)
         place = None if self.folder is None else Path(self.folder) / f"{self._round:06}.tpde"
         packed = tpde.pack(self._last, final, place, absolute=self.absolute)
         update = UpdateInfo(data=packed.data) if place is None else UpdateInfo(path=str(place))
         self.client.start_weight_update()
         self.client.update_weights(asdict(update))
         self.client.finish_weight_update(packed.final_id)
-        self._last, self._round = final, self._round + 1
+        self._last, self._spare, self._round = final, self._last, self._round + 1
         return packed
 
     def shutdown(self) -> None:
         """Forgets the weights of the last round."""
-        self._last = {}
+        self._last, self._spare = {}, {}
 
 
-def _copy(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+def host_copy(state: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies in host memory, page-locked for what is on CUDA; ``into`` holds copies of shapes that may be overwritten."""
+    made = {}
+    for name, tensor in state.items():
+        own = into.get(name)
+        if own is None or own.shape != tensor.shape or own.dtype != tensor.dtype:
+            own = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        made[name] = own.copy_(tensor.detach(), non_blocking=True)
+    for device in {tensor.device for tensor in state.values() if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return made
