@@ -80,6 +80,18 @@ def test_every_schedule_gives_the_same_bits(part: int, tmp_path: Path) -> None:
         assert storm.report()["pool"]["bytes_in_use"] == 0, f"seed {seed}"
 
 
+@pytest.mark.parametrize("seed", [63, 81, 141])
+def test_a_read_finds_the_memory_of_a_copy_that_is_being_finished(seed: int, tmp_path: Path) -> None:
+    """These schedules run a read from disk while an older copy is out of its queue and its memory not free yet."""
+    model = layers(torch.bfloat16, "cpu")
+    expected = [gradients(model, n) for n in range(4)]
+    options = {"seed": seed, "host_budget": "64KiB", "spill_dir": str(tmp_path), "spill_limit": "8MiB"}
+    with compress_everything(model, **options) as storm:
+        for n, want in enumerate(expected):
+            assert all(map(torch.equal, want, gradients(model, n))), f"step {n}"
+    storm.close()
+
+
 def test_another_shape_in_mid_run_is_exact() -> None:
     """A step that is not the planned one: codes under way, then plain offloads."""
     model = layers(torch.bfloat16, "cpu")

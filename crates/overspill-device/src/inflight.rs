@@ -53,12 +53,21 @@ impl InFlight {
     pub fn take_device_leases(&mut self) -> Vec<DeviceRange> {
         self.pairs.iter_mut().map(|(range, _)| std::mem::replace(range, DeviceRange::released())).collect()
     }
+
+    /// The leases of copies that [`InFlight::is_done`] said have passed, with no further call into
+    /// the device: for who counts on the host memory being free before anything else can run.
+    #[must_use = "drop the leases outside of any lock"]
+    pub fn settle(mut self) -> (Vec<DeviceRange>, Vec<Keep>) {
+        std::mem::take(&mut self.pairs).into_iter().unzip()
+    }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        // A device whose events fail has lost its context: nothing runs on it any more.
-        let _ = self.event.synchronize();
+        if !self.pairs.is_empty() {
+            // A device whose events fail has lost its context: nothing runs on it any more.
+            let _ = self.event.synchronize();
+        }
     }
 }
 

@@ -55,6 +55,8 @@ struct Spill {
 struct State {
     offloads: VecDeque<Copy>,
     onboards: VecDeque<Copy>,
+    /// Copies out of their queue whose host memory is not free yet: another thread is at it.
+    finishing: usize,
     next_sequence: u64,
     /// Oldest first: whatever was offloaded first is needed last.
     slots: VecDeque<Weak<slot::Inner>>,
@@ -348,12 +350,19 @@ impl Shared {
         let mut state = self.state();
         let queue = state.queue(direction);
         let still_first = queue.front().is_some_and(|copy| copy.sequence == sequence);
-        Ok(if still_first { queue.pop_front() } else { None })
+        let done = if still_first { queue.pop_front() } else { None };
+        state.finishing += usize::from(done.is_some());
+        Ok(done)
     }
 
+    /// Frees a copy's memory, the host's before anything else may run, then records it.
     fn finish(&self, copy: Copy) -> Result<()> {
-        let (start, end) = (copy.start.time_us()?, copy.in_flight.event().time_us()?);
-        self.note(copy.cause, copy.in_flight.bytes(), start, end);
+        let (event, bytes) = (Arc::clone(copy.in_flight.event()), copy.in_flight.bytes());
+        let (device, host) = copy.in_flight.settle();
+        drop(host);
+        self.state().finishing -= 1;
+        drop(device);
+        self.note(copy.cause, bytes, copy.start.time_us()?, event.time_us()?);
         Ok(())
     }
 
@@ -371,10 +380,18 @@ impl Shared {
         self.device.now_us()
     }
 
-    /// Blocks until the oldest copy of a direction is done; false if there is none.
+    /// Blocks until the oldest copy of a direction is done; false if there is none, nor one whose memory is
+    /// about to be free.
     fn wait_oldest(&self, direction: Direction) -> Result<bool> {
-        let event = self.state().queue(direction).front().map(|copy| Arc::clone(copy.in_flight.event()));
-        let Some(event) = event else { return Ok(false) };
+        let (event, finishing) = {
+            let mut state = self.state();
+            let oldest = state.queue(direction).front().map(|copy| Arc::clone(copy.in_flight.event()));
+            (oldest, state.finishing > 0)
+        };
+        let Some(event) = event else {
+            std::thread::yield_now();
+            return Ok(finishing);
+        };
         event.synchronize()?;
         self.reap()?;
         Ok(true)
