@@ -11,8 +11,11 @@ import argparse
 import concurrent.futures
 import multiprocessing
 import os
+import queue
+import threading
 import time
 import traceback
+from collections.abc import Iterator
 
 import torch
 from storm_harness import first_difference, offload_everything, train
@@ -84,6 +87,38 @@ def compare(name: str, device: str, steps: int) -> str | None:
         return repr(error)[:200]
 
 
+def differences(names: list[str], options: argparse.Namespace) -> Iterator[tuple[str, str | None]]:
+    """Every case with how it differs, as they end: on each GPU ``jobs`` processes that take the next one."""
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[str, str | None]] = queue.SimpleQueue()
+    for name in names:
+        waiting.put(name)
+    spawn = multiprocessing.get_context("spawn")
+
+    def work(pool: concurrent.futures.ProcessPoolExecutor) -> None:
+        with pool:
+            while True:
+                try:
+                    name = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    difference = pool.submit(compare, name, options.device, options.steps).result()
+                except concurrent.futures.BrokenExecutor as error:
+                    difference = repr(error)  # its process died, and those behind it find no other
+                done.put((name, difference))
+
+    for gpu in options.gpus or [None]:
+        if gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # of the processes that are made from here on
+        for _ in range(options.jobs):
+            pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn)
+            pool.submit(os.getpid).result()
+            threading.Thread(target=work, args=(pool,), daemon=True).start()
+    for _ in names:
+        yield done.get()
+
+
 def note_of(steps: int, same: list[str], failed: dict[str, str], left: int) -> str:
     """What was compared, in words."""
     return (
@@ -98,7 +133,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--jobs", type=int, default=1, help="processes; each compares one workload at a time")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes a GPU; each compares one workload at a time"
+    )
+    parser.add_argument(
+        "--gpus", nargs="*", default=[], help="as CUDA_VISIBLE_DEVICES names them; default: the first"
+    )
     parser.add_argument("--only", nargs="*", default=["blocks", *BUILDERS], help="blocks needs a GPU")
     parser.add_argument("--name", default="storm_limit")
     options = parser.parse_args()
@@ -108,22 +148,18 @@ def main() -> None:
     failed: dict[str, str] = {}
     # The longest first, or one of them runs alone at the end.
     names = sorted(options.only, key=lambda name: (name not in LONG, name))
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
-        running = {pool.submit(compare, name, options.device, options.steps): name for name in names}
-        for done in concurrent.futures.as_completed(running):
-            name, difference = running[done], done.result()
-            print(f"{name}: {difference or 'same bits'} at {time.perf_counter() - begin:.1f} s", flush=True)
-            if difference is None:
-                same.append(name)
-            else:
-                failed[name] = difference
-            left = len(names) - len(same) - len(failed)
-            share = len(same) / (len(same) + len(failed))
-            which = "storm.bit_identical" if left == 0 else "storm_limit.bit_identical_so_far"
-            mine = row(which, share, "share", note=note_of(options.steps, same, failed, left))
-            rows = [r for r in earlier_rows(options.name) if "bit_identical" not in r["id"]]
-            write_results(options.name, with_worst([*rows, mine]))
+    for name, difference in differences(names, options):
+        print(f"{name}: {difference or 'same bits'} at {time.perf_counter() - begin:.1f} s", flush=True)
+        if difference is None:
+            same.append(name)
+        else:
+            failed[name] = difference
+        left = len(names) - len(same) - len(failed)
+        share = len(same) / (len(same) + len(failed))
+        which = "storm.bit_identical" if left == 0 else "storm_limit.bit_identical_so_far"
+        mine = row(which, share, "share", note=note_of(options.steps, same, failed, left))
+        rows = [r for r in earlier_rows(options.name) if "bit_identical" not in r["id"]]
+        write_results(options.name, with_worst([*rows, mine]))
 
 
 if __name__ == "__main__":

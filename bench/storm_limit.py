@@ -92,14 +92,17 @@ class Bench:
 
     def storm(self, goal: str, budget: int, peer: str | None) -> Iterator[Rows]:
         """One budget, with what can be asked of a plan in force."""
-        storm = Storm(self.model, vram_budget=budget, host_budget=self.options.host_budget)
+        options = {"compress": goal in self.options.compress}
+        storm = Storm(self.model, vram_budget=budget, host_budget=self.options.host_budget, **options)
         ms, peak = step_times(self.model, self.x, storm, WARM_STEPS, self.options.steps)
         storm.close()
         report = storm.report()
         over = peak - budget
         self.say(f"storm:{goal}", ms, peak, f"over budget {max(over, 0)}")
         print(f"    {report['predicted']} {report['units']}", flush=True)
-        self.overhead(goal, ms, peak, report, f"; {over} bytes over the budget" if over > 0 else "")
+        remark = f"; {over} bytes over the budget" if over > 0 else ""
+        remark += "; with compress=True" if options["compress"] else ""
+        self.overhead(goal, ms, peak, report, remark)
         if peer is not None and over <= 0:
             speedup = self.peer_ms[peer] / ms
             self.rows.append(
@@ -299,6 +302,7 @@ def main() -> None:
     parser.add_argument("--host-budget", default="64GiB")
     parser.add_argument("--capacity-sequences", type=int, default=16)
     parser.add_argument("--capacity-host-budget", default="80GiB")
+    parser.add_argument("--compress", nargs="*", default=[], help="goals that may use the link codec")
     parser.add_argument("--dump", nargs="*", default=[], help="goals whose record is left in $OUT")
     parser.add_argument(
         "--continue", dest="adds", action="store_true", help="add to what an earlier call wrote"

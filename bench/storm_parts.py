@@ -49,7 +49,7 @@ PARTS = {
     "hf_llama8b": Part(4096, 24, {"hf_llama8b_2x": 2}, is_whole=True),
 }
 # Storm learns a step in its first four; the rest is for the allocator to settle.
-WARM_STEPS = 9
+WARM_STEPS = 6
 
 
 class Whole(torch.nn.Module):

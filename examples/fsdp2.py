@@ -1,6 +1,6 @@
 """FSDP2 under STORM: two ranks shard a small model, each keeps its own activations within a budget; the same bits.
 
-    torchrun --standalone --nproc-per-node=2 examples/fsdp2.py [--vram-budget 12GiB]
+    torchrun --standalone --nproc-per-node=2 examples/fsdp2.py [--vram-budget 12GiB] [--width 4096 --tokens 16384]
 
 On GPUs with NCCL where there is one for every rank, else on the CPU with gloo. Weights and data are random: this
 shows where the context goes, not a speed.
@@ -23,12 +23,14 @@ from overspill import Storm
 
 
 def train(
-    device: torch.device, options: dict[str, Any] | None
+    device: torch.device, shape: argparse.Namespace, options: dict[str, Any] | None
 ) -> tuple[list[torch.Tensor], dict[str, Any] | None]:
     """Shards of this rank after five steps, and STORM's report; ``options`` None trains without."""
     torch.manual_seed(0)
+    width, inner = shape.width, 4 * shape.width
     blocks = [
-        nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)) for _ in range(3)
+        nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+        for _ in range(shape.layers)
     ]
     model = nn.Sequential(*blocks).to(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -42,7 +44,8 @@ def train(
     with context as storm:
         for _ in range(5):
             optimizer.zero_grad()
-            model(torch.randn(128, 64, generator=batches).to(device)).square().mean().backward()
+            x = torch.randn(shape.tokens, width, generator=batches)
+            model(x.to(device)).square().mean().backward()
             optimizer.step()
     shards = [p.to_local().detach().clone() for p in model.parameters()]
     return shards, None if storm is None else storm.report()
@@ -54,7 +57,11 @@ def main() -> None:
     parser.add_argument(
         "--vram-budget", default=None, help="of each rank; default: what is free, less a tenth"
     )
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=128, help="of each rank's batch")
     options = parser.parse_args()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.use_deterministic_algorithms(True)
     rank = int(os.environ["LOCAL_RANK"])
     on_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"])
@@ -62,8 +69,8 @@ def main() -> None:
     if on_gpus:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpus else "gloo")
-    plain, _ = train(device, None)
-    under, report = train(device, {"vram_budget": options.vram_budget, "min_bytes": 4096})
+    plain, _ = train(device, options, None)
+    under, report = train(device, options, {"vram_budget": options.vram_budget, "min_bytes": 4096})
     same = all(map(torch.equal, plain, under))
     print(
         f"rank {rank} on {device}: {'the same' if same else 'other'} bits; {report and report['units']}",

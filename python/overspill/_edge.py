@@ -12,37 +12,51 @@ import torch
 from . import _native
 from .errors import DeviceError
 
+_NUMBERS = 256
+
 
 class _Known:
-    """A number that the host knows."""
+    """A number that is there as soon as it was written."""
 
-    def __init__(self, number: int) -> None:
-        self._number = number
+    def __init__(self) -> None:
+        self._host = torch.zeros(1, dtype=torch.int32)
+        self.address = self._host.data_ptr()
+
+    def sent(self) -> None:
+        """The device was told to write it."""
 
     def is_known(self) -> bool:
+        """Whether :meth:`value` would not wait."""
         return True
 
     def value(self) -> int:
-        return self._number
+        """The number."""
+        return int(self._host.item())
 
 
 class _Coming:
-    """A number on its way from the device; ``host`` goes back to ``spare`` when it has been read."""
+    """A number that the device writes to page-locked host memory; ``host`` goes back to ``spare`` once it was read."""
 
-    def __init__(self, tensor: torch.Tensor, spare: list[torch.Tensor]) -> None:
-        self._spare = spare
-        self._host: torch.Tensor | None = (
-            spare.pop() if spare else torch.empty(1, dtype=tensor.dtype).pin_memory()
-        )
-        self._host.copy_(tensor, non_blocking=True)
+    def __init__(self, device: torch.device, spare: list[torch.Tensor]) -> None:
+        if not spare:
+            # Page-locking takes long, however little.
+            spare.extend(torch.zeros(_NUMBERS, dtype=torch.int32).pin_memory().split(1))
+        self._device, self._spare = device, spare
+        self._host: torch.Tensor | None = spare.pop()
+        self.address = self._host.data_ptr()
         self._event = torch.cuda.Event()
-        self._event.record(torch.cuda.current_stream(tensor.device))
         self._value = 0
 
+    def sent(self) -> None:
+        """The current stream was told to write it."""
+        self._event.record(torch.cuda.current_stream(self._device))
+
     def is_known(self) -> bool:
+        """Whether :meth:`value` would not wait."""
         return self._host is None or self._event.query()
 
     def value(self) -> int:
+        """The number, once the stream has come to where it was sent."""
         if self._host is not None:
             self._event.synchronize()
             self._value = int(self._host.item())
@@ -95,9 +109,9 @@ class CpuEdge:
     def synchronize(self) -> None:
         """Waits until the device has passed every mark."""
 
-    def to_host(self, number: torch.Tensor) -> _Known | _Coming:
-        """The value of a tensor of one number, once the current stream has come here."""
-        return _Known(int(number.item()))
+    def number(self) -> _Known:
+        """Host memory for a 32-bit number that the device will write."""
+        return _Known()
 
     def free_bytes(self) -> int:
         """Bytes that a process can still take."""
@@ -168,9 +182,9 @@ class CudaEdge:
         """Waits until the device has passed every mark."""
         torch.cuda.synchronize(self.device)
 
-    def to_host(self, number: torch.Tensor) -> _Known | _Coming:
-        """The value of a tensor of one number, once the current stream has come here."""
-        return _Coming(number, self.spare)
+    def number(self) -> _Coming:
+        """Host memory for a 32-bit number that the device will write."""
+        return _Coming(self.device, self.spare)
 
     def free_bytes(self) -> int:
         """Bytes that the driver says are free, with those that torch has cached."""

@@ -65,10 +65,14 @@ class Link:
         nbytes, is_half = storage.nbytes(), _IS_HALF[dtype]
         buffer = self._room(LinkCodec.bound_bytes(nbytes))
         counter = torch.zeros(1, dtype=torch.int32, device=self._edge.device)
+        length = self._edge.number()
         marks("room")
-        self._codec.encode(storage.data_ptr(), nbytes, is_half, buffer.data_ptr(), counter.data_ptr(), stream)
+        self._codec.encode(
+            storage.data_ptr(), nbytes, is_half, buffer.data_ptr(), counter.data_ptr(), length.address, stream
+        )
+        length.sent()
         marks("encode")
-        return Code(buffer, self._edge.to_host(counter), nbytes, is_half)
+        return Code(buffer, length, nbytes, is_half)
 
     def decode(self, code: Code, code_bytes: int, stream: int) -> torch.UntypedStorage:
         """What ``code`` was made of."""

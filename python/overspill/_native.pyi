@@ -9,6 +9,7 @@ from typing import Any, Final, SupportsFloat, SupportsIndex, final
 
 __all__ = [
     "__version__",
+    "Again",
     "DjinnPool",
     "Engine",
     "HostMemory",
@@ -32,6 +33,48 @@ __all__ = [
 ]
 
 __version__: Final[str]
+
+@final
+class Again:
+    """
+    Makes again what a root-mean-square norm or a gate in bf16 saved, on a CUDA device.
+    """
+    def __new__(cls, /, ordinal: SupportsIndex) -> Again:
+        """
+        For CUDA device `ordinal`, its kernels compiled.
+        """
+    def gate(
+        self,
+        /,
+        count: SupportsIndex,
+        gate: SupportsIndex,
+        up: SupportsIndex,
+        silu: SupportsIndex,
+        product: SupportsIndex,
+        stream: SupportsIndex,
+    ) -> None:
+        """
+        Of `count` values, a multiple of 8, in bf16 at `gate` and `up`: `silu` and the `product` of that and `up`, behind
+        what `stream` has been given. Addresses are multiples of 16.
+        """
+    def norm(
+        self,
+        /,
+        rows: SupportsIndex,
+        columns: SupportsIndex,
+        narrow: SupportsIndex,
+        scale: SupportsIndex,
+        weight: SupportsIndex,
+        wide: SupportsIndex,
+        normal: SupportsIndex,
+        weighted: SupportsIndex,
+        stream: SupportsIndex,
+    ) -> None:
+        """
+        Of `rows` rows of `columns`, a multiple of 8, in bf16 at `narrow`, the 32-bit `scale` of each and a bf16
+        `weight` of each column: `wide` in 32 bit, and `normal` and `weighted` in bf16, behind what `stream` has been
+        given. Addresses are multiples of 16.
+        """
 
 @final
 class DjinnPool:
@@ -216,11 +259,12 @@ class Engine:
         Blocks until nothing is under way.
         """
     def offload(
-        self, /, address: SupportsIndex, bytes: SupportsIndex, owner: Any, stream: SupportsIndex
+        self, /, address: SupportsIndex, bytes: SupportsIndex, owner: Any, stream: SupportsIndex | None
     ) -> Slot:
         """
-        Copies `bytes` at `address` away, behind what `stream` has been given so far. `owner` keeps
-        the memory alive and is let go when the copy has passed or after `release_source`.
+        Copies `bytes` at `address` away, behind what `stream` has been given so far, or, with None, at once: then
+        whatever wrote them must have passed. `owner` keeps the memory alive and is let go when the copy has passed or
+        after `release_source`.
         """
     def onboard(
         self,
@@ -308,11 +352,13 @@ class LinkCodec:
         is_half: bool,
         code: SupportsIndex,
         counter: SupportsIndex,
+        length: SupportsIndex,
         stream: SupportsIndex,
     ) -> None:
         """
         Codes `nbytes` at `words` into `bound_bytes` at `code`, both on 16 bytes, and adds the payload's length
-        in 16 bytes to the 32-bit `counter`, behind what `stream` has been given. `is_half`: fp16, not bf16.
+        in 16 bytes to the 32-bit `counter`, behind what `stream` has been given; what the counter says then goes to
+        `length` in (page-locked) host memory. `is_half`: fp16, not bf16.
         """
 
 @final

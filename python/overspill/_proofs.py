@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ._recipes import MAX_DEPTH, Recipe, recipes
+from ._fused import Fused, fused_of
+from ._recipes import MAX_DEPTH, Recipe, recipes, same_bytes
 from ._saved import Saved, Unit
 from ._transfers import Transfers
 
@@ -29,6 +30,8 @@ class Proofs:
         self._fixed_storages = fixed_storages
         # By place in the step: what has been proved. By signature: the best time measured.
         self.proved: dict[int, Signature] = {}
+        # Places whose unit one kernel makes together with what it is made of.
+        self.fused: set[int] = set()
         self._costs_us: dict[Signature, float] = {}
         self._rebuilt: list[tuple[int, Signature]] = []
         self.first_id = 0
@@ -38,14 +41,16 @@ class Proofs:
         self._rebuilt.clear()
         if exploring:
             self.proved.clear()
+            self.fused.clear()
 
     def costs(self, measured: dict[Any, float]) -> list[tuple[int, float]]:
-        """Units rebuilt in the step that is over, with the shortest time that their like has taken."""
+        """What can be rebuilt, with the shortest time that its like has taken in any step."""
         for unit_id, signature in self._rebuilt:
             if unit_id in measured:
                 before = self._costs_us.get(signature, measured[unit_id])
                 self._costs_us[signature] = min(before, measured[unit_id])
-        return [(unit_id, self._costs_us.get(signature, 0.0)) for unit_id, signature in self._rebuilt]
+        known = {self.first_id + place: self._costs_us.get(of[:-1]) for place, of in self.proved.items()}
+        return [(unit_id, cost_us) for unit_id, cost_us in known.items() if cost_us is not None]
 
     def note(self, unit: Unit, recipe: Recipe) -> None:
         """``unit`` is rebuilt in a step that is timed."""
@@ -57,6 +62,10 @@ class Proofs:
         for recipe in self._candidates(unit, storage, tensor):
             if self._is_proved(recipe, storage, base):
                 self.proved[unit.id - self.first_id] = self._signature(recipe)
+                fused = None if self._transfers.kernels is None else fused_of(recipe)
+                if fused is not None and self._fused_makes(fused, storage):
+                    self.fused.add(unit.id - self.first_id)
+                    recipe.fused = fused
                 return recipe
         return None
 
@@ -64,7 +73,10 @@ class Proofs:
         """The recipe that was proved for the place of ``unit``, if that is the one that it has now."""
         proved = self.proved.get(unit.id - self.first_id)
         candidates = self._candidates(unit, storage, tensor)
-        return next((recipe for recipe in candidates if self._signature(recipe) == proved), None)
+        found = next((recipe for recipe in candidates if self._signature(recipe) == proved), None)
+        if found is not None and unit.id - self.first_id in self.fused:
+            found.fused = fused_of(found)
+        return found
 
     def _candidates(self, unit: Unit, storage: torch.UntypedStorage, tensor: torch.Tensor) -> list[Recipe]:
         """Recipes that read the graph right, proved or not."""
@@ -117,6 +129,23 @@ class Proofs:
             return self._transfers.borrowing(run)
         except RuntimeError:
             return False  # an input was written to since, or there is no memory for it now
+
+    def _fused_makes(self, fused: Fused, storage: torch.UntypedStorage) -> bool:
+        """Whether the kernel makes ``storage``, and of the others what their recipes make."""
+        transfers = self._transfers
+
+        def run() -> bool:
+            assert transfers.kernels is not None
+            stream = transfers.edge.stream()
+            parts = [transfers.tensor_of(saved, stream) for saved in fused.parts]
+            made = [tensor.untyped_storage() for tensor in transfers.kernels.run(fused, parts, stream)]
+            wanted = [transfers.storage_of(unit, stream) for unit in fused.others]
+            return all(map(same_bytes, made, [*wanted, storage]))
+
+        try:
+            return transfers.borrowing(run)
+        except RuntimeError:
+            return False
 
 
 def base_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ._saved import Saved
+
+if TYPE_CHECKING:
+    from ._fused import Fused
 
 # Rebuilding is recursive, and so is letting go of a chain.
 MAX_DEPTH = 8
@@ -34,6 +37,8 @@ class Recipe:
     """What has to be the same in another step for the proof to hold there; comparable."""
     narrow: torch.dtype | None = None
     """Set where the one input is a copy in this type that has yet to be made."""
+    fused: Fused | None = None
+    """Set where one kernel makes this and what it is made of, with the same bits."""
 
     @property
     def is_product(self) -> bool:
@@ -64,7 +69,12 @@ class Recipe:
             or made.untyped_storage().nbytes() != storage.nbytes()
         ):
             return False
-        return torch.equal(_words(made.untyped_storage()), _words(storage))
+        return same_bytes(made.untyped_storage(), storage)
+
+
+def same_bytes(a: torch.UntypedStorage, b: torch.UntypedStorage) -> bool:
+    """Whether two storages of one length hold the same bytes."""
+    return torch.equal(_words(a), _words(b))
 
 
 def _words(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -16,6 +16,10 @@ from ._edge import Edge
 _MOST = 200_000
 
 
+class Shares(tuple[tuple[Hashable, float], ...]):
+    """Names, and what part of a time each of them has."""
+
+
 class Timeline:
     """Marks of one step on the device's clock."""
 
@@ -34,7 +38,9 @@ class Timeline:
         return self._edge.mark()
 
     def end(self, begin: Any, what: Hashable = None) -> None:
-        """It ends; it was the cost of ``what``, or of nothing that is asked for."""
+        """It ends; it was the cost of ``what``, or of nothing that is asked for. Several have it in
+        :class:`Shares`.
+        """
         if len(self._own) < _MOST:
             self._own.append((len(self._events), begin, self._edge.mark(), what))
 
@@ -51,8 +57,9 @@ class Timeline:
         for index, begin, end, what in own:
             us = self._edge.between_us(begin, end)
             taken[index] += us
-            if what is not None:
-                costs[what] = costs.get(what, 0.0) + us
+            for name, share in what if isinstance(what, Shares) else ((what, 1.0),):
+                if name is not None:
+                    costs[name] = costs.get(name, 0.0) + us * share
         times: list[float] = []
         total = 0.0
         for index, event in enumerate(events):

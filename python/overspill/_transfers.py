@@ -14,14 +14,15 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ._edge import Edge
+from ._fused import Fused, Kernels
 from ._link import Link
 from ._native import Engine, Planner
 from ._saved import Saved, Unit
-from ._timeline import Timeline
+from ._timeline import Shares, Timeline
 from ._units import format_bytes
 
 # Codes made and not yet on their way, at most: the host may be that far ahead of the device, and no farther.
-_CODES_AHEAD = 4
+_CODES_AHEAD = 8
 
 
 class Transfers:
@@ -39,6 +40,7 @@ class Transfers:
     ) -> None:
         self.edge, self.engine, self.planner, self.timeline = edge, engine, planner, timeline
         self.link: Link | None = None
+        self.kernels: Kernels | None = None
         self.timing = False
         self.budget_bytes = budget_bytes
         self._units = units
@@ -93,13 +95,18 @@ class Transfers:
 
     def _send_code(self, unit: Unit) -> None:
         assert unit.code is not None and unit.code.buffer is not None
-        buffer = unit.code.buffer
-        unit.slot = self.engine.offload(buffer.data_ptr(), unit.code.length(), buffer, self.edge.stream())
+        buffer, nbytes = unit.code.buffer, unit.code.length()
+        # The code is there once its length is known; compute may have been given much since.
+        unit.slot = self.engine.offload(buffer.data_ptr(), nbytes, buffer, None)
 
     def release(self, unit: Unit) -> None:
         """Makes compute wait until ``unit`` has left, and gives up the memory that it left from."""
         if unit.slot is None:
-            self._send_code(unit)
+            assert unit.code is not None
+            unit.code.length()  # waits for it, and so for those before it
+            self._send_codes(_CODES_AHEAD)
+        if unit.slot is None:
+            self._send_code(unit)  # made on another stream than one before it
         assert unit.slot is not None
         begin = self.timeline.begin() if self.timing else None
         self.engine.release_source(unit.slot, self.edge.stream())
@@ -274,17 +281,38 @@ class Transfers:
 
     def _rebuild(self, unit: Unit, stream: int) -> torch.UntypedStorage:
         assert unit.recipe is not None
+        fused = unit.recipe.fused
+        if fused is not None and not any(_is_here(other) or _revived(other) for other in fused.others):
+            return self._rebuild_fused(unit, fused, stream)
         inputs = [self.tensor_of(saved, stream) for saved in unit.recipe.inputs]
         begin = self.timeline.begin() if self.timing else None
         storage = unit.recipe.run(inputs).untyped_storage()
         if self.timing:
             self.timeline.end(begin, unit.id)
+        self._made(unit, storage, stream)
+        return storage
+
+    def _rebuild_fused(self, unit: Unit, fused: Fused, stream: int) -> torch.UntypedStorage:
+        """Rebuilds ``unit`` and what it is made of."""
+        assert self.kernels is not None
+        parts = [self.tensor_of(saved, stream) for saved in fused.parts]
+        units = (*fused.others, unit)
+        begin = self.timeline.begin() if self.timing else None
+        made = [tensor.untyped_storage() for tensor in self.kernels.run(fused, parts, stream)]
+        if self.timing:
+            total = sum(one.nbytes for one in units)
+            self.timeline.end(begin, Shares((one.id, one.nbytes / total) for one in units))
+        for one, storage in zip(units, made, strict=True):
+            self._made(one, storage, stream)
+        return made[-1]
+
+    def _made(self, unit: Unit, storage: torch.UntypedStorage, stream: int) -> None:
+        """``unit`` was rebuilt."""
         unit.buffer = storage
         unit.stream = stream
         if self._borrowed is not None:
             self._borrowed.append(unit)
         self.planner.arrived(unit.id, 0.0)
-        return storage
 
 
 def _is_here(unit: Unit) -> bool:

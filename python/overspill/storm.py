@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from types import TracebackType
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from ._edge import edge_for
+from ._fused import Kernels
 from ._host import open_engine
 from ._link import Link
 from ._native import Planner
@@ -30,6 +32,7 @@ from ._saved import Saved, Unit, span
 from ._timeline import Timeline
 from ._transfers import Transfers
 from ._units import parse_bytes
+from .errors import DeviceError
 
 _MIB = 2**20
 _KEEP, _OFFLOAD, _REBUILD, _COMPRESS = 0, 1, 2, 3
@@ -108,6 +111,11 @@ class Storm:
         )
         self._fixed_storages: set[int] = set()
         self._proofs = Proofs(model, self._transfers, self._fixed_storages) if rebuild else None
+        if rebuild and self._edge.device.type == "cuda":
+            try:
+                self._transfers.kernels = Kernels(self._edge.device.index)
+            except DeviceError as error:
+                warnings.warn(f"everything is rebuilt operation by operation: {error}", stacklevel=2)
         if compress:
             self._transfers.link = Link(self._edge)
         # Units coded to see what comes of it, and per size the best times to code and to decode.

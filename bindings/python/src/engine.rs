@@ -73,21 +73,24 @@ impl Engine {
         Ok(Self { engine, device })
     }
 
-    /// Copies `bytes` at `address` away, behind what `stream` has been given so far. `owner` keeps
-    /// the memory alive and is let go when the copy has passed or after `release_source`.
+    /// Copies `bytes` at `address` away, behind what `stream` has been given so far, or, with None, at once: then
+    /// whatever wrote them must have passed. `owner` keeps the memory alive and is let go when the copy has passed or
+    /// after `release_source`.
     fn offload(
         &self,
         py: Python<'_>,
         address: u64,
         bytes: usize,
         owner: Py<PyAny>,
-        stream: u64,
+        stream: Option<u64>,
     ) -> PyResult<Slot> {
-        let compute = self::stream(py, &self.device, stream)?;
+        let compute = stream.map(|stream| self::stream(py, &self.device, stream)).transpose()?;
         let source = lease(address, bytes, owner);
-        py.detach(|| self.engine.offload(&source, &compute, Cause::Offload))
-            .map(Slot)
-            .map_err(|error| engine_error(&error))
+        let sent = py.detach(|| match &compute {
+            Some(compute) => self.engine.offload(&source, compute, Cause::Offload),
+            None => self.engine.offload_written(&source, Cause::Offload),
+        });
+        sent.map(Slot).map_err(|error| engine_error(&error))
     }
 
     /// Makes `stream` wait for the copy of `slot` (and of all before it) and lets their owners go.

@@ -1,9 +1,10 @@
 //! The native module of overspill: wraps the crates, maps errors, releases the GIL.
 //!
 //! No algorithms here. Addresses of tensors cross this border as integers together with the Python
-//! object that keeps them alive ([`engine::lease`], [`link`], [`tpde`] and [`tpde_device`] are the only places that
-//! trust one).
+//! object that keeps them alive ([`again`], [`engine::lease`], [`link`], [`tpde`] and [`tpde_device`] are the only
+//! places that trust one).
 
+mod again;
 mod chain;
 mod djinn;
 mod engine;
@@ -19,6 +20,8 @@ use pyo3::prelude::*;
 /// The native half of overspill; use it through the `overspill` package.
 #[pymodule]
 mod _native {
+    #[pymodule_export]
+    use crate::again::Again;
     #[pymodule_export]
     use crate::chain::TpdeChain;
     #[pymodule_export]

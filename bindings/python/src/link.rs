@@ -43,7 +43,7 @@ fn head_bytes(nbytes: usize) -> usize {
     (8 * chunks_of(nbytes)).next_multiple_of(UNIT)
 }
 
-fn error_of(py: Python<'_>, error: &on_device::Error) -> PyErr {
+pub fn error_of(py: Python<'_>, error: &on_device::Error) -> PyErr {
     match error {
         on_device::Error::Device(error) => device_error(py, error),
         other => raise(py, "DeviceError", other, |_| Ok(())),
@@ -78,7 +78,8 @@ impl LinkCodec {
     }
 
     /// Codes `nbytes` at `words` into `bound_bytes` at `code`, both on 16 bytes, and adds the payload's length
-    /// in 16 bytes to the 32-bit `counter`, behind what `stream` has been given. `is_half`: fp16, not bf16.
+    /// in 16 bytes to the 32-bit `counter`, behind what `stream` has been given; what the counter says then goes to
+    /// `length` in (page-locked) host memory. `is_half`: fp16, not bf16.
     #[expect(clippy::too_many_arguments, reason = "addresses at this border")]
     fn encode(
         &self,
@@ -88,20 +89,25 @@ impl LinkCodec {
         is_half: bool,
         code: u64,
         counter: u64,
+        length: u64,
         stream: u64,
     ) -> PyResult<()> {
         let format = format_of(is_half);
         let On::Device { device, codec } = &self.0 else {
             return py
-                .detach(|| encode_here(words, nbytes, format, code, counter))
+                .detach(|| encode_here(words, nbytes, format, code, length))
                 .map_err(|error| raise(py, "FormatError", &error, |_| Ok(())));
         };
         let to = on_device::LinkPlaces { payload: code + head_bytes(nbytes) as u64, records: code, counter };
         let enqueued = py.detach(|| -> Result<(), on_device::Error> {
             let stream = device.wrap_stream(stream)?;
             // SAFETY: the Python edge passes tensors of this device of these sizes that torch's allocator keeps
-            // for the work of `stream`, on which they were made and are let go.
-            unsafe { codec.encode(&stream, format, words, nbytes as u64 / 2, &to) }
+            // for the work of `stream`, on which they were made and are let go; `length` is not given to another
+            // code before an event behind this has passed.
+            unsafe {
+                codec.encode(&stream, format, words, nbytes as u64 / 2, &to)?;
+                codec.publish(&stream, counter, length)
+            }
         });
         enqueued.map_err(|error| error_of(py, &error))
     }
@@ -142,7 +148,7 @@ fn encode_here(
     nbytes: usize,
     format: LinkFormat,
     code: u64,
-    counter: u64,
+    length: u64,
 ) -> Result<(), overspill_codec::CodecError> {
     let packed = link_encode(format, bytes_at(words as usize, nbytes))?;
     let (head, payload) =
@@ -151,7 +157,7 @@ fn encode_here(
         *place = value.to_ne_bytes();
     }
     payload[..packed.payload.len()].copy_from_slice(&packed.payload);
-    out_at(counter as usize, 4).copy_from_slice(&((packed.payload.len() / UNIT) as u32).to_ne_bytes());
+    out_at(length as usize, 4).copy_from_slice(&((packed.payload.len() / UNIT) as u32).to_ne_bytes());
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 #![deny(unsafe_code)]
-//! Codecs on a CUDA device: TPDE patches, in place or into other memory, and the link codec ([`LinkCodec`]).
+//! Codecs on a CUDA device: TPDE patches, in place or into other memory, and the link codec ([`LinkCodec`]);
+//! beside them what STORM rebuilds with kernels of its own ([`Again`]).
 //!
 //! The host parses and checks heads and records ([`overspill_codec::FlatTables`]); [`plan`] lays them out for the
 //! kernels (`overspill-device/src/kernels/tpde*`), one launch for each mode and word size; [`Decoder`] runs it.
@@ -8,12 +9,14 @@
 //! memory, whose chunks of that kind it decodes itself; of a [`StreamedPatch`] only records and tables are there, and
 //! payloads pass through. Callers bring addresses.
 
+mod again;
 mod decoder;
 mod link;
 pub mod plan;
 mod resident;
 mod streamed;
 
+pub use again::{Again, NormPlaces};
 pub use decoder::{Applied, Decoder, DeviceTables, Error, Result};
 pub use link::{LinkCodec, LinkPlaces};
 pub use plan::{Job, LeftChunk, Plan};

@@ -15,6 +15,7 @@ use crate::plan::THREADS;
 pub struct LinkCodec {
     /// bf16 and f16: encode, decode.
     kernels: [[Kernel; 2]; 2],
+    publish: Kernel,
 }
 
 /// Device addresses of packed words, all multiples of 16.
@@ -42,6 +43,7 @@ impl LinkCodec {
                 [of("link_encode_bf16")?, of("link_decode_bf16")?],
                 [of("link_encode_f16")?, of("link_decode_f16")?],
             ],
+            publish: of("link_publish")?,
         })
     }
 
@@ -85,6 +87,20 @@ impl LinkCodec {
         let args = [words, count, from.payload, payload_bytes, from.records, from.counter].map(Arg::U64);
         // SAFETY: as above.
         unsafe { self.launch(1, stream, format, count, &args) }
+    }
+
+    /// Writes the 32-bit `number` to page-locked host memory, by a kernel: no copy engine, and no queue of one, is
+    /// between a stream and the host.
+    ///
+    /// # Errors
+    /// The driver.
+    ///
+    /// # Safety
+    /// As [`LinkCodec::encode`]; the device may write at `host`.
+    pub unsafe fn publish(&self, stream: &StreamRef, number: u64, host: u64) -> Result<()> {
+        let args = [number, host].map(Arg::U64);
+        // SAFETY: the kernel's parameters; the memory is the caller's promise.
+        Ok(unsafe { self.publish.launch(&**stream, Shape::linear(1, 1), &args) }?)
     }
 
     unsafe fn launch(

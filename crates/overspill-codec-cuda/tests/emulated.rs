@@ -21,6 +21,7 @@ type Emulate = unsafe extern "C" fn(*mut std::ffi::c_void, u32, u32, *const u64,
 /// The kernels as a library of this machine. One launch at a time.
 static EMULATOR: OnceLock<Option<Mutex<Library>>> = OnceLock::new();
 static LINK_EMULATOR: OnceLock<Option<Mutex<Library>>> = OnceLock::new();
+static REBUILD_EMULATOR: OnceLock<Option<Mutex<Library>>> = OnceLock::new();
 
 fn compile(kernels: &kernels::Source) -> Option<Mutex<Library>> {
     let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
@@ -247,6 +248,9 @@ fn check_link(library: &Library, format: LinkFormat, bytes: &[u8]) {
     let (records_arg, units_arg) = (Arg::U64(records.as_mut_ptr() as u64), Arg::U64(&raw mut units as u64));
     let args = [words_arg, count_arg, payload_arg, records_arg, units_arg];
     launch(library, &format!("link_encode_{name}"), [chunks as u32, THREADS], &args);
+    let mut heard = 0u32;
+    launch(library, "link_publish", [1, 1], &[units_arg, Arg::U64(&raw mut heard as u64)]);
+    assert_eq!(heard, units);
     let expected = link_encode(format, bytes).expect("packs");
     let made: Vec<u8> =
         payload.iter().flat_map(|unit| unit.to_le_bytes()).take(units as usize * 16).collect();
@@ -297,5 +301,91 @@ fn the_link_codec_packs_what_the_reference_packs() {
         }
         let noise: Vec<u8> = (0..40_002).map(|_| rng.u8(..)).collect();
         check_link(&library, format, &noise);
+    }
+}
+
+/// Rounds to the nearest bf16, ties to even, as the device does; its NaN is one.
+fn bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    if value.is_nan() {
+        return 0x7fff;
+    }
+    ((u64::from(bits) + 0x7fff + u64::from(bits >> 16 & 1)) >> 16) as u16
+}
+
+fn wide(word: u16) -> f32 {
+    f32::from_bits(u32::from(word) << 16)
+}
+
+fn halves(words: &[u128]) -> Vec<u16> {
+    let bytes = words.iter().flat_map(|unit| unit.to_le_bytes()).collect::<Vec<u8>>();
+    bytes.as_chunks::<2>().0.iter().map(|word| u16::from_le_bytes(*word)).collect()
+}
+
+#[test]
+fn a_norm_is_rebuilt_as_its_operations_round_it() {
+    let Some(emulator) = REBUILD_EMULATOR.get_or_init(|| compile(&kernels::REBUILD)).as_ref() else { return };
+    let library = emulator.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut rng = fastrand::Rng::with_seed(5);
+    for (rows, columns) in [(1usize, 8usize), (3, 64), (2, 4104)] {
+        // 16-byte aligned, as device memory is; any bits, so also NaNs, infinities and subnormals.
+        let words = |rng: &mut fastrand::Rng, count: usize| -> Vec<u128> {
+            (0..count / 8).map(|_| rng.u128(..)).collect()
+        };
+        let (narrow, weight) = (words(&mut rng, rows * columns), words(&mut rng, columns));
+        let scale: Vec<f32> = (0..rows).map(|_| rng.f32() * 3.0).collect();
+        let mut made =
+            [vec![0u128; rows * columns / 4], vec![0; rows * columns / 8], vec![0; rows * columns / 8]];
+        let at = |words: &[u128]| Arg::U64(words.as_ptr() as u64);
+        let args = [
+            at(&narrow),
+            Arg::U64(scale.as_ptr() as u64),
+            at(&weight),
+            Arg::U32(columns as u32),
+            Arg::U64(made[0].as_mut_ptr() as u64),
+            Arg::U64(made[1].as_mut_ptr() as u64),
+            Arg::U64(made[2].as_mut_ptr() as u64),
+        ];
+        launch(&library, "norm_again_bf16", [rows as u32, THREADS], &args);
+        let (narrow, weight) = (halves(&narrow), halves(&weight));
+        let (normal, weighted) = (halves(&made[1]), halves(&made[2]));
+        let wides = halves(&made[0]);
+        for index in 0..rows * columns {
+            let input = wide(narrow[index]);
+            let bits = u32::from(wides[2 * index]) | u32::from(wides[2 * index + 1]) << 16;
+            assert_eq!(bits, input.to_bits(), "wide {index} of {rows} x {columns}");
+            let expected = bf16(input * scale[index / columns]);
+            assert_eq!(normal[index], expected, "normal {index} of {rows} x {columns}");
+            let product = bf16(wide(weight[index % columns]) * wide(expected));
+            assert_eq!(weighted[index], product, "weighted {index} of {rows} x {columns}");
+        }
+    }
+}
+
+#[test]
+fn a_gate_is_rebuilt_as_its_operations_round_it() {
+    let Some(emulator) = REBUILD_EMULATOR.get_or_init(|| compile(&kernels::REBUILD)).as_ref() else { return };
+    let library = emulator.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut rng = fastrand::Rng::with_seed(6);
+    for count in [8usize, 2048, 2056, 30_000] {
+        let words: Vec<u128> = (0..count / 4).map(|_| rng.u128(..)).collect();
+        let (gates, ups) = words.split_at(count / 8);
+        let (mut silu, mut product) = (vec![0u128; count / 8], vec![0u128; count / 8]);
+        let args = [
+            gates.as_ptr() as u64,
+            ups.as_ptr() as u64,
+            count as u64,
+            silu.as_mut_ptr() as u64,
+            product.as_mut_ptr() as u64,
+        ];
+        let blocks = (count as u32 / 8).div_ceil(THREADS);
+        launch(&library, "gate_again_bf16", [blocks, THREADS], &args.map(Arg::U64));
+        let [gates, ups, silu, product] = [gates, ups, &silu, &product].map(halves);
+        for index in 0..count {
+            let value = wide(gates[index]);
+            let expected = bf16(value / (1.0 + (-value).exp()));
+            assert_eq!(silu[index], expected, "silu {index} of {count}");
+            assert_eq!(product[index], bf16(wide(expected) * wide(ups[index])), "product {index} of {count}");
+        }
     }
 }

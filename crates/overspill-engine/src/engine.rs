@@ -131,9 +131,15 @@ impl Engine {
     /// [`Engine::release_source`]. Blocks while the host tier is full and something is on its way
     /// out of it; an error leaves `source` and every other slot as they were.
     pub fn offload(&self, source: &DeviceRange, compute: &StreamRef, cause: Cause) -> Result<Slot> {
+        self.0.out_stream.wait(&compute.record()?)?;
+        self.offload_written(source, cause)
+    }
+
+    /// As [`Engine::offload`], of a `source` that the caller knows to be written: the copy waits for nothing of what
+    /// compute was given since.
+    pub fn offload_written(&self, source: &DeviceRange, cause: Cause) -> Result<Slot> {
         let shared = &self.0;
         shared.reap()?;
-        shared.out_stream.wait(&compute.record()?)?;
         let slot = Slot::new(source.bytes());
         shared.state().slots.push_back(Arc::downgrade(&slot.0));
         for (offset_bytes, bytes) in pieces(source.bytes(), shared.config.segment_bytes) {

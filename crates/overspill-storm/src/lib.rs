@@ -12,10 +12,12 @@ mod plan;
 mod planner;
 mod profile;
 mod record;
+mod search;
 mod simulate;
 
 pub use blocks::{Shape, Speeds};
-pub use plan::{Action, Limits, Plan, make_plan};
+pub use plan::{Action, Limits, Plan};
 pub use planner::{Error, Planner, Sample, UnitId};
 pub use record::{Coded, Event, Recipe, StepRecord, Unit};
+pub use search::make_plan;
 pub use simulate::{Link, Prediction, Schedule, simulate};

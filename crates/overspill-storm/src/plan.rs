@@ -1,4 +1,4 @@
-//! A plan: one action per unit, made from a record and limits by a pure function.
+//! A plan: one action per unit; what a choice of rebuilds comes to within a budget.
 
 use serde::{Deserialize, Serialize};
 
@@ -49,54 +49,8 @@ pub struct Plan {
     pub predicted: Prediction,
 }
 
-/// Shares of the units that could be rebuilt, or compressed, that the first rounds of the search try.
-const SHARES: usize = 8;
-/// Room left for units on their way, in sizes of the largest unit.
-const RESERVES: [u64; 4] = [1, 2, 4, 8];
-
-/// Chooses what to rebuild, what to keep, what to offload and what of that to compress, so that the simulated
-/// step is the shortest within the budget.
-///
-/// Rebuilds are taken in the order of bytes saved a microsecond. For a number of them, what fits is
-/// kept, last packed first (needed first in backward, so it occupies memory for the shortest time
-/// and saves the transfer with the closest deadline), and the rest goes, compressed where that is among a
-/// number of those that the codec saves most a microsecond. The two numbers and the room left for what is on
-/// its way are searched, and the simulator decides.
-#[must_use]
-pub fn make_plan(record: &StepRecord, limits: &Limits) -> Plan {
-    let largest = record.units.iter().map(|unit| unit.bytes).max().unwrap_or(0);
-    let mut search = Search {
-        record,
-        limits,
-        budget: limits.budget_bytes,
-        rebuilds: rebuild_order(record),
-        coded: coded_order(record),
-        best: None,
-    };
-    let start = Choice { rebuilds: 0, coded: 0, reserve: RESERVES[1] };
-    search.attempt(start);
-    if search.is_free() {
-        return search.settled();
-    }
-    // A budget that nothing can keep must not drown the price: the best that can be done counts.
-    let nothing = Limits { budget_bytes: 0, ..*limits };
-    let floor = simulate(record, &choose(record, &nothing, &[], &[], 0), &nothing).1.peak_bytes;
-    if floor > limits.budget_bytes {
-        search.budget = floor + 2 * largest;
-    }
-    search.try_rebuilds();
-    for reserve in [RESERVES[0], RESERVES[2], RESERVES[3], 0] {
-        search.attempt(Choice { reserve, ..search.best() });
-    }
-    if !search.coded.is_empty() && !search.is_free() {
-        search.try_coded();
-    }
-    search.refine();
-    search.settled()
-}
-
 /// Keeps what the plan would bring back as soon as it has left, where that still fits and costs nothing.
-fn settle(record: &StepRecord, limits: &Limits, plan: Plan) -> Plan {
+pub(crate) fn settle(record: &StepRecord, limits: &Limits, plan: Plan) -> Plan {
     let mut actions = plan.actions.clone();
     let mut released = vec![None; actions.len()];
     for &(at, unit) in &plan.schedule.releases {
@@ -116,132 +70,9 @@ fn settle(record: &StepRecord, limits: &Limits, plan: Plan) -> Plan {
     }
 }
 
-/// Units with a recipe, the most bytes a microsecond first; among equals the last packed, which the
-/// link has the least time for.
-fn rebuild_order(record: &StepRecord) -> Vec<usize> {
-    let gain = |index: usize| {
-        let unit = &record.units[index];
-        let recipe = unit.recipe.as_ref()?;
-        let narrow: u64 = recipe.inputs.iter().filter_map(|&input| narrow_bytes(record, input)).sum();
-        Some(unit.bytes.saturating_sub(narrow) as f64 / recipe.cost_us.max(1e-3))
-    };
-    by_gain(record, gain)
-}
-
-fn narrow_bytes(record: &StepRecord, index: usize) -> Option<u64> {
-    record.units.get(index).filter(|unit| unit.is_narrow).map(|unit| unit.bytes)
-}
-
-/// Units that the link codec makes smaller, the most bytes saved a microsecond first, among equals the last packed.
-fn coded_order(record: &StepRecord) -> Vec<usize> {
-    let gain = |index: usize| {
-        let unit = &record.units[index];
-        let coded = unit.coded.filter(|coded| coded.bytes < unit.bytes)?;
-        Some((unit.bytes - coded.bytes) as f64 / (coded.encode_us + coded.decode_us).max(1e-3))
-    };
-    by_gain(record, gain)
-}
-
-fn by_gain(record: &StepRecord, gain: impl Fn(usize) -> Option<f64>) -> Vec<usize> {
-    let mut order: Vec<_> =
-        (0..record.units.len()).filter_map(|index| gain(index).map(|gain| (gain, index))).collect();
-    order.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)));
-    order.into_iter().map(|(_, index)| index).collect()
-}
-
-/// What the search varies: how many units of each order, and sizes of the largest left free.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Choice {
-    rebuilds: usize,
-    coded: usize,
-    reserve: u64,
-}
-
-struct Search<'a> {
-    record: &'a StepRecord,
-    limits: &'a Limits,
-    /// What counts as within the budget.
-    budget: u64,
-    rebuilds: Vec<usize>,
-    coded: Vec<usize>,
-    best: Option<(Choice, Plan)>,
-}
-
-impl Search<'_> {
-    fn best(&self) -> Choice {
-        self.best.as_ref().map_or(Choice { rebuilds: 0, coded: 0, reserve: 0 }, |(choice, _)| *choice)
-    }
-
-    /// Whether the best plan costs nothing and keeps the budget: no other can be better.
-    fn is_free(&self) -> bool {
-        self.best.as_ref().is_some_and(|(_, Plan { predicted, .. })| {
-            predicted.stall_us + predicted.rebuild_us + predicted.codec_us <= 0.0
-                && predicted.peak_bytes <= self.budget
-        })
-    }
-
-    fn settled(self) -> Plan {
-        self.best.map(|(_, plan)| settle(self.record, self.limits, plan)).unwrap_or_default()
-    }
-
-    /// Shares of the rebuilds, with the rest of the best choice.
-    fn try_rebuilds(&mut self) {
-        let best = self.best();
-        let steps = SHARES.min(self.rebuilds.len());
-        for step in 0..=steps {
-            let rebuilds = self.rebuilds.len() * step / steps.max(1);
-            self.attempt(Choice { rebuilds, ..best });
-        }
-    }
-
-    /// The whole codec with every share of rebuilds, since it makes the dearest of them needless; then shares of it.
-    fn try_coded(&mut self) {
-        let (best, all) = (self.best(), self.coded.len());
-        let steps = SHARES.min(self.rebuilds.len());
-        for step in 0..=steps {
-            self.attempt(Choice { rebuilds: self.rebuilds.len() * step / steps.max(1), coded: all, ..best });
-        }
-        for step in 1..4 {
-            self.attempt(Choice { coded: all * step / 4, ..self.best() });
-        }
-    }
-
-    /// Both numbers, in halving strides around the best.
-    fn refine(&mut self) {
-        let (rebuilds, coded) = (self.rebuilds.len(), self.coded.len());
-        let mut strides = (rebuilds / SHARES / 2, coded / SHARES);
-        // A hundredth of either is fine enough for long steps, where each is little of the whole.
-        while strides.0 > rebuilds / 100 || self.best().coded > 0 && strides.1 > coded / 100 {
-            let middle = self.best();
-            self.attempt(Choice { rebuilds: middle.rebuilds.saturating_sub(strides.0), ..middle });
-            self.attempt(Choice { rebuilds: (middle.rebuilds + strides.0).min(rebuilds), ..middle });
-            if self.best().coded > 0 {
-                let middle = self.best();
-                self.attempt(Choice { coded: middle.coded.saturating_sub(strides.1), ..middle });
-                self.attempt(Choice { coded: (middle.coded + strides.1).min(coded), ..middle });
-            }
-            strides = (strides.0 / 2, strides.1 / 2);
-        }
-    }
-
-    fn attempt(&mut self, choice: Choice) {
-        if self.best.as_ref().is_some_and(|(best, _)| *best == choice) {
-            return;
-        }
-        let (rebuilt, coded) = (&self.rebuilds[..choice.rebuilds], &self.coded[..choice.coded]);
-        let actions = choose(self.record, self.limits, rebuilt, coded, choice.reserve);
-        let (schedule, predicted) = simulate(self.record, &actions, self.limits);
-        let price = |of: &Prediction| (of.peak_bytes.saturating_sub(self.budget), of.step_us);
-        let better = self.best.as_ref().is_none_or(|(_, plan)| price(&predicted) < price(&plan.predicted));
-        if better {
-            self.best = Some((choice, Plan { actions, schedule, predicted }));
-        }
-    }
-}
-
 /// Actions with units of `rebuilt` rebuilt: of the others what fits is kept, last packed first, and of the rest
 /// those of `coded` are compressed.
-fn choose(
+pub(crate) fn choose(
     record: &StepRecord,
     limits: &Limits,
     rebuilt: &[usize],

@@ -10,7 +10,16 @@
 //! From then on the plan is *followed*. A step that deviates from its plan falls back to offloading, which is always
 //! within the budget, and the next one explores.
 
-use crate::{Action, Coded, Event, Limits, Link, Plan, Recipe, StepRecord, Unit, make_plan};
+mod learning;
+mod step;
+#[cfg(test)]
+mod tests;
+
+use self::{
+    learning::{Pending, Phase},
+    step::{Live, Step},
+};
+use crate::{Action, Limits, Plan, Recipe, StepRecord, Unit};
 
 /// Names a unit for as long as it lives; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -75,63 +84,6 @@ pub struct Planner {
     recorded_base: u64,
     step: Step,
     first_id: u64,
-}
-
-#[derive(Debug)]
-struct Pending {
-    record: StepRecord,
-    /// Whether its times are the device's already; the shorter ones count then.
-    is_timed: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    Explore,
-    Calibrate,
-    /// With the steps left to time, this one included.
-    Time(u8),
-    Follow,
-}
-
-const TIMED_STEPS: u8 = 2;
-/// Of the link's measured speed, what a plan counts on.
-const LINK_SHARE: f64 = 0.97;
-/// The same as long as times are still being measured.
-const SHY_LINK_SHARE: f64 = LINK_SHARE / 2.0;
-
-/// The step under way.
-#[derive(Debug, Default)]
-struct Step {
-    record: StepRecord,
-    live: Vec<Live>,
-    /// Bytes that each unit takes while it is brought back early: fewer than its own if it is compressed.
-    ahead: Vec<u64>,
-    live_count: usize,
-    /// Events so far, recorded or not.
-    events: usize,
-    /// How much of the plan's schedule has been given out.
-    releases_done: usize,
-    fetches_done: usize,
-    began_us: f64,
-    base_bytes: u64,
-    stalled_us: f64,
-    /// Bytes of units that overspill holds on the device now: kept, on their way out, brought back.
-    held_bytes: u64,
-    /// Of those, brought back and not yet asked for.
-    ahead_bytes: u64,
-    peak_bytes: u64,
-    deviates: bool,
-}
-
-/// Where a unit of this step is, as far as device memory goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Live {
-    Kept,
-    Leaving,
-    Away,
-    Ahead,
-    Back,
-    Freed,
 }
 
 impl Planner {
@@ -216,18 +168,9 @@ impl Planner {
                 Live::Away
             }
         };
-        self.push(unit, live, ahead_bytes);
+        self.step.push(unit, live, ahead_bytes);
         self.skip_absent();
         (UnitId(self.first_id + index as u64), action)
-    }
-
-    fn push(&mut self, unit: Unit, live: Live, ahead_bytes: u64) {
-        if live != Live::Freed {
-            self.step.live_count += 1;
-        }
-        self.step.record.units.push(unit);
-        self.step.live.push(live);
-        self.step.ahead.push(ahead_bytes);
     }
 
     /// Enters narrow copies that the plan does not make, so that places stay what they were.
@@ -238,7 +181,7 @@ impl Planner {
             let mut unit = record.units[index].clone();
             unit.packed_at = self.step.events - 1;
             (unit.needed_at, unit.freed_at) = (None, None);
-            self.push(unit, Live::Freed, 0);
+            self.step.push(unit, Live::Freed, 0);
         }
     }
 
@@ -366,57 +309,6 @@ impl Planner {
         is_event
     }
 
-    /// Times of the events of the step that has just ended, measured on the device, of the rebuilds in it, and
-    /// what the link codec made of units. Without it host times stand in, rebuilds are free, and nothing is compressed.
-    pub fn settle(
-        &mut self,
-        times_us: &[f64],
-        costs_us: &[(UnitId, f64)],
-        coded: &[(UnitId, Coded)],
-        link: Link,
-    ) {
-        // Copies that share memory with kernels vary by a few percent, and a late one stalls compute.
-        let share = match self.phase {
-            Phase::Calibrate | Phase::Time(TIMED_STEPS) => SHY_LINK_SHARE,
-            _ => LINK_SHARE,
-        };
-        self.limits.link =
-            Link { offload_gbps: link.offload_gbps * share, onboard_gbps: link.onboard_gbps * share };
-        let first_id = self.first_id;
-        let Some(pending) = &mut self.pending else { return };
-        let record = &mut pending.record;
-        if times_us.len() == record.events.len() && !times_us.is_empty() {
-            let before: Vec<f64> = record.events.iter().map(|event| event.time_us).collect();
-            let total = |times: &[f64]| times.last().copied().unwrap_or(0.0) - times[0];
-            let mut now_us = 0.0;
-            for (index, event) in record.events.iter_mut().enumerate().skip(1) {
-                let step = |times: &[f64]| (times[index] - times[index - 1]).max(0.0);
-                let known = if pending.is_timed { step(&before) } else { f64::INFINITY };
-                now_us += known.min(step(times_us));
-                event.time_us = now_us;
-            }
-            // Each interval's shortest time is its shape; no step is as fast as all of them together.
-            let known = if pending.is_timed { total(&before) } else { f64::INFINITY };
-            let scale = known.min(total(times_us)) / now_us.max(1e-3);
-            record.events.iter_mut().for_each(|event| event.time_us *= scale);
-            if let Some(first) = record.events.first_mut() {
-                first.time_us = 0.0;
-            }
-        }
-        let index = |unit: UnitId| usize::try_from(unit.0.checked_sub(first_id)?).ok();
-        for &(unit, cost_us) in costs_us {
-            let unit = index(unit).and_then(|index| record.units.get_mut(index));
-            if let Some(recipe) = unit.and_then(|unit| unit.recipe.as_mut()) {
-                recipe.cost_us = cost_us;
-            }
-        }
-        for &(unit, coded) in coded {
-            if let Some(unit) = index(unit).and_then(|index| record.units.get_mut(index)) {
-                unit.coded = Some(coded);
-            }
-        }
-    }
-
     /// Whether device times of events are wanted.
     #[must_use]
     pub fn is_timing(&self) -> bool {
@@ -467,242 +359,20 @@ impl Planner {
         &self.limits
     }
 
-    fn begin(&mut self, sample: Sample) {
-        if let Some(Pending { record, .. }) = self.pending.take() {
-            self.make(record, sample.allocated_bytes);
-        }
-        self.first_id += self.step.live.len() as u64;
-        let base_bytes = sample.allocated_bytes;
-        self.step = Step { began_us: sample.now_us, base_bytes, ..Step::default() };
-    }
-
-    /// A plan from `record`, for a step that begins with `base_bytes` allocated: what came since the
-    /// recorded one began (gradients, the optimizer's state) stays.
-    fn make(&mut self, record: StepRecord, base_bytes: u64) {
-        let mut limits = self.limits;
-        limits.budget_bytes -=
-            base_bytes.saturating_sub(self.recorded_base).min(limits.budget_bytes - self.fixed_bytes);
-        let plan = make_plan(&record, &limits);
-        self.plan = Some((record, plan));
-    }
-
-    fn end(&mut self, peak_bytes: Option<u64>) {
-        let peak = peak_bytes.unwrap_or(0).max(self.step.peak_bytes);
-        self.peak_bytes = self.peak_bytes.max(peak);
-        if self.step.deviates {
-            // Sampled in part only: the next step of this shape is recorded from its first event.
-            self.plan = None;
-            self.phase = Phase::Explore;
-            return;
-        }
-        if matches!(self.phase, Phase::Time(_) | Phase::Follow) {
-            self.followed(peak);
-            return;
-        }
-        let unseen = peak.saturating_sub(self.step.peak_bytes);
-        self.hidden_bytes = self.hidden_bytes.max(unseen);
-        let mut record = std::mem::take(&mut self.step.record);
-        record.hidden_bytes = self.hidden_bytes;
-        for index in 1..record.units.len() {
-            // A narrow copy that was not made would have lived as long as what it stands for.
-            if record.units[index].is_narrow && record.units[index].freed_at.is_none() {
-                record.units[index].freed_at = record.units[index - 1].freed_at;
-            }
-        }
-        self.recorded_base = self.step.base_bytes;
-        self.pending = Some(Pending { record, is_timed: false });
-        // A device that does not count exactly shows a spike between two events once, when it exceeds all
-        // before it: the step that saw it is the one to plan from, and its times are good enough there.
-        self.phase = match self.phase {
-            Phase::Explore if self.limits.slack_bytes > 0 => Phase::Follow,
-            Phase::Explore => Phase::Calibrate,
-            _ => Phase::Time(TIMED_STEPS),
-        };
-    }
-
-    /// A step that followed its plan is over: `peak` bytes were allocated at most.
-    fn followed(&mut self, peak: u64) {
-        let overrun = peak.saturating_sub(self.limits.budget_bytes);
-        let timed = match self.phase {
-            Phase::Time(left) => {
-                self.phase = if left > 1 { Phase::Time(left - 1) } else { Phase::Follow };
-                true
-            }
-            _ => false,
-        };
-        let Some((record, plan)) = &self.plan else { return };
-        // A plan that keeps nothing has nothing more to give.
-        let too_much = overrun > 0 && plan.predicted.kept_bytes > 0;
-        if !timed && !too_much {
-            return;
-        }
-        if too_much {
-            self.hidden_bytes += overrun;
-        }
-        let record = StepRecord { hidden_bytes: self.hidden_bytes, ..record.clone() };
-        self.pending = Some(Pending { record, is_timed: true });
-    }
-
-    fn event(&mut self, sample: Sample) -> usize {
-        let recording = self.is_recording();
-        let step = &mut self.step;
-        let peak_bytes = sample.peak_bytes.max(sample.allocated_bytes);
-        step.peak_bytes = step.peak_bytes.max(peak_bytes);
-        self.peak_bytes = self.peak_bytes.max(step.peak_bytes);
-        step.events += 1;
-        if recording {
-            step.record.events.push(Event {
-                time_us: sample.now_us - step.began_us - step.stalled_us,
-                other_bytes: peak_bytes.saturating_sub(step.held_bytes),
-            });
-        }
-        step.events - 1
-    }
-
     fn index(&self, unit: UnitId) -> Option<usize> {
         let index = usize::try_from(unit.0.checked_sub(self.first_id)?).ok()?;
         (index < self.step.live.len()).then_some(index)
     }
 
+    fn event(&mut self, sample: Sample) -> usize {
+        let at = self.step.event(sample, self.is_recording());
+        self.peak_bytes = self.peak_bytes.max(self.step.peak_bytes);
+        at
+    }
+
     fn move_to(&mut self, unit: UnitId, from: Live, to: Live) {
-        let Some(index) = self.index(unit) else { return };
-        if self.step.live[index] != from {
-            return;
+        if let Some(index) = self.index(unit) {
+            self.step.move_to(index, from, to);
         }
-        let step = &mut self.step;
-        let held = |state: Live| match state {
-            Live::Ahead => step.ahead[index],
-            Live::Kept | Live::Leaving | Live::Back => step.record.units[index].bytes,
-            Live::Away | Live::Freed => 0,
-        };
-        let (before, after) = (held(from), held(to));
-        step.held_bytes = step.held_bytes + after - before;
-        if from == Live::Ahead {
-            step.ahead_bytes -= before;
-        }
-        if to == Live::Ahead {
-            step.ahead_bytes += after;
-        }
-        step.live[index] = to;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const LINK: Link = Link { offload_gbps: 1.0, onboard_gbps: 1.0 };
-
-    fn planner(budget_bytes: u64) -> Planner {
-        Planner::new(Limits { budget_bytes, lookahead_bytes: 100, slack_bytes: 0, link: LINK }, 100)
-            .expect("fits")
-    }
-
-    fn sample(allocated_bytes: u64) -> Sample {
-        Sample { now_us: 0.0, allocated_bytes, peak_bytes: allocated_bytes }
-    }
-
-    /// A forward over `sizes` and a backward in reverse, with `peak` reported at the end. Those at
-    /// `rebuilt` have a recipe that reads the unit before them.
-    fn step(planner: &mut Planner, sizes: &[u64], rebuilt: &[usize], peak: u64) -> Vec<Action> {
-        let mut units: Vec<UnitId> = Vec::new();
-        let mut actions = Vec::new();
-        for (index, &bytes) in sizes.iter().enumerate() {
-            let (unit, action) =
-                planner.pack(bytes, sample(100 + planner.held_bytes() + bytes)).expect("fits");
-            if rebuilt.contains(&index) && planner.is_exploring() {
-                planner.set_recipe(unit, &[units[index - 1]]);
-            } else if action == Action::Offload {
-                planner.left(unit);
-            }
-            units.push(unit);
-            actions.push(action);
-        }
-        for &unit in units.iter().rev() {
-            planner.need(unit, sample(100 + planner.held_bytes()));
-            for ahead in planner.due(Some(unit), 100 + planner.held_bytes()).fetches {
-                planner.prefetched(ahead);
-            }
-            planner.arrived(unit, 0.0);
-            planner.free(unit, sample(100 + planner.held_bytes()), || Some(peak));
-        }
-        assert_eq!(planner.held_bytes(), 0);
-        actions
-    }
-
-    fn kept(actions: &[Action]) -> usize {
-        actions.iter().filter(|action| **action == Action::Keep).count()
-    }
-
-    #[test]
-    fn the_first_step_offloads_and_the_second_keeps_what_fits() {
-        let mut planner = planner(400);
-        assert_eq!(step(&mut planner, &[90; 4], &[], 0), [Action::Offload; 4]);
-        let second = step(&mut planner, &[90; 4], &[], 0);
-        assert!(second[0] == Action::Offload && second[3] == Action::Keep, "{second:?}");
-        assert_eq!(step(&mut planner, &[90; 4], &[], 0), second);
-        assert!(!planner.is_recording());
-    }
-
-    #[test]
-    fn what_has_a_recipe_is_rebuilt_where_it_does_not_fit() {
-        let mut planner = planner(400);
-        step(&mut planner, &[90; 4], &[1, 3], 0);
-        let second = step(&mut planner, &[90; 4], &[1, 3], 0);
-        assert!(second.contains(&Action::Rebuild), "{second:?}");
-        planner.settle(&[0.0; 12], &[], &[], LINK);
-        assert_eq!(step(&mut planner, &[90; 4], &[1, 3], 0), second);
-    }
-
-    #[test]
-    fn plans_count_on_half_of_the_link_while_it_is_timed() {
-        let mut planner = planner(400);
-        let mut shares = Vec::new();
-        for _ in 0..5 {
-            step(&mut planner, &[90; 4], &[], 0);
-            planner.settle(&[0.0; 12], &[], &[], LINK);
-            shares.push(planner.limits().link.offload_gbps);
-        }
-        assert_eq!(shares, [0.485, 0.485, 0.97, 0.97, 0.97]);
-    }
-
-    #[test]
-    fn another_shape_falls_back_to_offloading_and_is_recorded() {
-        let mut planner = planner(1000);
-        step(&mut planner, &[90; 4], &[], 0);
-        step(&mut planner, &[90; 4], &[], 0);
-        assert_eq!(step(&mut planner, &[90, 80, 90], &[], 0)[1..], [Action::Offload; 2]);
-        assert!(planner.is_exploring());
-        step(&mut planner, &[90, 80, 90], &[], 0);
-        assert_eq!(step(&mut planner, &[90, 80, 90], &[], 0), [Action::Keep; 3]);
-    }
-
-    #[test]
-    fn an_overrun_that_no_event_saw_makes_the_next_step_keep_less() {
-        let mut planner = planner(600);
-        for _ in 0..2 {
-            step(&mut planner, &[90; 6], &[], 0);
-        }
-        let before = kept(&step(&mut planner, &[90; 6], &[], 800));
-        assert!(kept(&step(&mut planner, &[90; 6], &[], 0)) < before);
-        assert_eq!(planner.peak_bytes(), 800);
-    }
-
-    #[test]
-    fn what_is_allocated_between_steps_is_taken_off_the_budget() {
-        let mut planner = planner(600);
-        step(&mut planner, &[90; 4], &[], 0);
-        let (unit, _) = planner.pack(90, sample(100 + 300)).expect("fits");
-        assert!(planner.plan().is_some_and(|(_, plan)| kept(&plan.actions) < 4));
-        planner.free(unit, sample(100), || None);
-    }
-
-    #[test]
-    fn budgets_that_cannot_be_kept_are_errors_with_their_facts() {
-        let limits = *planner(400).limits();
-        let Error::Budget { requested_bytes, budget_bytes, .. } =
-            Planner::new(limits, 401).expect_err("parameters do not fit");
-        assert_eq!((requested_bytes, budget_bytes), (401, 400));
-        assert!(planner(400).pack(301, sample(0)).is_err(), "one tensor larger than what is left");
     }
 }

@@ -271,3 +271,7 @@ static __device__ void decode(u16* words, u64 count, const u8* payload, u64 payl
     }
 LINK(bf16, false)
 LINK(f16, true)
+
+// Writes a number where the host reads it. A copy of these four bytes would queue behind every tensor that is on its
+// way out, and the stream that computes behind the copy.
+extern "C" __global__ void link_publish(const u32* number, u32* host) { *host = *number; }

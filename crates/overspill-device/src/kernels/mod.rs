@@ -24,5 +24,8 @@ pub const TPDE: Source = Source {
 /// The link codec of 16-bit activations; `overspill-codec-cuda` launches it.
 pub const LINK: Source = Source { name: "link.cu", text: include_str!("link.cu"), options: &[] };
 
+/// What STORM rebuilds in one launch; `overspill-codec-cuda` launches it.
+pub const REBUILD: Source = Source { name: "rebuild.cu", text: include_str!("rebuild.cu"), options: &[] };
+
 /// Every file, for builds that compile them all.
-pub const ALL: &[Source] = &[MEMORY, TPDE, LINK];
+pub const ALL: &[Source] = &[MEMORY, TPDE, LINK, REBUILD];

@@ -1,0 +1,135 @@
+"""Saved tensors that one kernel makes together instead of one operation each.
+
+Two shapes, both as transformers' bf16 models write them. A *norm* leaves its input in 32 bit, that times the
+reciprocal of its root mean square in bf16, and that times the weight: made of the narrow input in one pass, which
+moves a quarter of the bytes. A *gate* leaves its silu and that times what is gated. Each of these tensors has a recipe
+of its own, read off the graph and proved; that the kernel gives the same bits is proved beside it.
+Recognises, and runs; decides nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ._native import Again
+from ._recipes import Recipe
+from ._saved import Saved, Unit
+
+_BF16 = torch.bfloat16
+# Values that a thread of the kernels takes at once.
+_MULTIPLE = 8
+
+
+@dataclass(slots=True)
+class Fused:
+    """What a kernel reads, and the units that it makes on the way to the one whose recipe this belongs to."""
+
+    kernel: str
+    parts: tuple[Saved, ...]
+    others: tuple[Unit, ...]
+
+
+def fused_of(recipe: Recipe) -> Fused | None:
+    """The kernel that makes what ``recipe`` makes, and what that is made of; None where there is none."""
+    name, _, after, dtype, *layout, _ = recipe.signature
+    if name != "MulBackward0" or after is not None or dtype is not _BF16:
+        return None
+    form = (_BF16, *layout)
+    for other, own in (recipe.inputs, recipe.inputs[::-1]):
+        found = _norm(other, own, form) or _gate(other, own, form)
+        if found is not None:
+            return found
+    return None
+
+
+def _norm(weight: Saved, normal: Saved, form: tuple[Any, ...]) -> Fused | None:
+    normal_recipe = _recipe(normal, ("MulBackward0", (), _BF16))
+    if weight.tensor is None or normal_recipe is None:
+        return None
+    shape = form[1]
+    rows = (*shape[:-1], 1)
+    for wide, scale in (normal_recipe.inputs, normal_recipe.inputs[::-1]):
+        first = None if wide.unit is None else wide.unit.recipe
+        if first is None or first.narrow is not _BF16 or not first.inputs:
+            continue
+        narrow = first.inputs[0]
+        forms = {
+            narrow: form,
+            normal: form,
+            wide: (torch.float32, *form[1:]),
+            weight: _plain(_BF16, shape[-1:]),
+        }
+        if shape[-1] % _MULTIPLE == 0 and _have({**forms, scale: _plain(torch.float32, rows)}, form):
+            assert wide.unit is not None and normal.unit is not None
+            return Fused("norm", (narrow, scale, weight), (wide.unit, normal.unit))
+    return None
+
+
+def _gate(up: Saved, silu: Saved, form: tuple[Any, ...]) -> Fused | None:
+    silu_recipe = _recipe(silu, ("SiluBackward0", (), None))
+    if silu_recipe is None:
+        return None
+    (gate,) = silu_recipe.inputs
+    if math.prod(form[1]) % _MULTIPLE or not _have({gate: form, up: form, silu: form}, form):
+        return None
+    assert silu.unit is not None
+    return Fused("gate", (gate, up), (silu.unit,))
+
+
+def _recipe(saved: Saved, begins: tuple[Any, ...]) -> Recipe | None:
+    """The recipe of ``saved``'s unit, if its signature begins so."""
+    recipe = None if saved.unit is None else saved.unit.recipe
+    return recipe if recipe is not None and recipe.signature[: len(begins)] == begins else None
+
+
+def _plain(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """How a tensor lies in memory, one row after the other from the start of its storage."""
+    return dtype, shape, torch.empty(shape, device="meta").stride(), 0
+
+
+def _have(forms: dict[Saved, tuple[Any, ...]], own: tuple[Any, ...]) -> bool:
+    """Whether all lie in memory as the kernels read and write them."""
+    if own != _plain(_BF16, own[1]):
+        return False
+    return all(_form(saved) == form for saved, form in forms.items())
+
+
+def _form(saved: Saved) -> tuple[Any, ...]:
+    tensor = saved.tensor
+    if tensor is None:
+        return saved.dtype, tuple(saved.shape), tuple(saved.stride), saved.offset
+    return tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+
+
+class Kernels:
+    """The kernels, on one device."""
+
+    def __init__(self, ordinal: int) -> None:
+        self._again = Again(ordinal)
+
+    def run(self, fused: Fused, parts: list[torch.Tensor], stream: int) -> list[torch.Tensor]:
+        """The others of ``fused`` in their order, and the tensor itself."""
+        return self._norm(parts, stream) if fused.kernel == "norm" else self._gate(parts, stream)
+
+    def _norm(self, parts: list[torch.Tensor], stream: int) -> list[torch.Tensor]:
+        narrow, scale, weight = parts
+        columns = narrow.shape[-1]
+        wide = torch.empty(narrow.shape, dtype=torch.float32, device=narrow.device)
+        normal, weighted = torch.empty_like(narrow), torch.empty_like(narrow)
+        self._again.norm(
+            narrow.numel() // columns, columns, narrow.data_ptr(), scale.data_ptr(), weight.data_ptr(),
+            wide.data_ptr(), normal.data_ptr(), weighted.data_ptr(), stream,
+        )  # fmt: skip
+        return [wide, normal, weighted]
+
+    def _gate(self, parts: list[torch.Tensor], stream: int) -> list[torch.Tensor]:
+        gate, up = parts
+        silu, product = torch.empty_like(gate), torch.empty_like(gate)
+        self._again.gate(
+            gate.numel(), gate.data_ptr(), up.data_ptr(), silu.data_ptr(), product.data_ptr(), stream
+        )
+        return [silu, product]

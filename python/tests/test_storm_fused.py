@@ -1,0 +1,144 @@
+"""Norms and gates rebuilt by one kernel: which are recognised, that the kernel is proved, and that no bit depends on it.
+
+:class:`ByOperations` is the kernel's exact twin in plain PyTorch; the kernel itself is compared with a scalar one in
+``crates/overspill-codec-cuda/tests/emulated.rs``, and with PyTorch's operations on a GPU, where there is one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from storm_harness import devices
+from test_storm_rebuild import rebuild_everything
+from torch import Tensor, nn
+
+
+class ByOperations:
+    """What the kernel makes, operation by operation; ``wrong`` changes it."""
+
+    def __init__(self, wrong: Callable[[str, list[Tensor]], None] = lambda *_: None) -> None:
+        self.runs = {"norm": 0, "gate": 0}
+        self._wrong = wrong
+
+    def run(self, fused: Any, parts: list[Tensor], _stream: int) -> list[Tensor]:
+        """As :meth:`overspill._fused.Kernels.run`."""
+        self.runs[fused.kernel] += 1
+        if fused.kernel == "norm":
+            narrow, scale, weight = parts
+            wide = narrow.to(torch.float32)
+            normal = (wide * scale).to(narrow.dtype)
+            made = [wide, normal, weight * normal]
+        else:
+            gate, up = parts
+            silu = F.silu(gate)
+            made = [silu, silu * up]
+        self._wrong(fused.kernel, made)
+        return made
+
+
+class Norm(nn.Module):
+    """As transformers' Llama has it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width).to(torch.bfloat16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm."""
+        wide = x.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * wide.to(x.dtype)
+
+
+class Block(nn.Module):
+    """A norm, and a gated product of what it gives."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = Norm(width)
+        make = functools.partial(nn.Linear, width, width, bias=False, dtype=torch.bfloat16)
+        self.gate, self.up, self.down = make(), make(), make()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One block."""
+        normal = self.norm(x)
+        return x + self.down(F.silu(self.gate(normal)) * self.up(normal))
+
+
+def gradients(width: int, kernels: Any, device: str = "cpu") -> tuple[list[Tensor], Any]:
+    """Of six steps, and the context; ``kernels`` None leaves STORM out, and "own" takes what it has."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block(width) for _ in range(3))).to(device)
+    storm = None if kernels is None else rebuild_everything(model)
+    if storm is not None and kernels != "own":
+        storm._transfers.kernels = kernels  # type: ignore[attr-defined]
+    found = []
+    for n in range(6):
+        x = torch.randn(2, 16, width, generator=torch.Generator().manual_seed(n)).to(device, torch.bfloat16)
+        x.requires_grad_(True)  # or the first norm's input has no history to read a recipe off
+        model.zero_grad()
+        if storm is None:
+            model(x).float().square().mean().backward()
+        else:
+            with storm:
+                model(x).float().square().mean().backward()
+        found += [p.grad.clone() for p in model.parameters()]
+    return found, storm
+
+
+def test_norms_and_gates_are_rebuilt_in_one_go() -> None:
+    """With the same bits, once in every backward, beside the proofs of the first forward."""
+    twin = ByOperations()
+    expected, _ = gradients(64, None)
+    got, storm = gradients(64, twin)
+    assert all(map(torch.equal, expected, got))
+    assert len(storm._proofs.fused) == 2 * 3
+    assert min(twin.runs.values()) >= 3 + 6 * 3
+    storm.close()
+    assert storm.report()["held_bytes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "which"), [("norm", 0), ("norm", 1), ("norm", 2), ("gate", 0), ("gate", 1)]
+)
+def test_a_kernel_with_other_bits_is_not_used(kernel: str, which: int) -> None:
+    """One bit of one of the results, and it runs in no backward."""
+
+    def wrong(name: str, made: list[Tensor]) -> None:
+        if name == kernel:
+            made[which].view(torch.int16).view(-1)[5] ^= 1
+
+    twin = ByOperations(wrong)
+    expected, _ = gradients(64, None)
+    got, storm = gradients(64, twin)
+    assert all(map(torch.equal, expected, got))
+    assert len(storm._proofs.fused) == 3
+    assert twin.runs[kernel] == 3
+    storm.close()
+
+
+def test_rows_that_the_kernel_cannot_read_are_left_to_the_operations() -> None:
+    """Rows of 60 columns do not start on 16 bytes."""
+    twin = ByOperations()
+    expected, _ = gradients(60, None)
+    got, storm = gradients(60, twin)
+    assert all(map(torch.equal, expected, got))
+    assert twin.runs["norm"] == 0
+    storm.close()
+
+
+@pytest.mark.parametrize("device", [d for d in devices() if d.values != ("cpu",)])
+def test_the_kernels_make_the_operations_bits(device: str) -> None:
+    """On a GPU they are proved, and used."""
+    torch.use_deterministic_algorithms(True)
+    expected, _ = gradients(512, None, device)
+    got, storm = gradients(512, "own", device)
+    torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, expected, got))
+    assert len(storm._proofs.fused) == 2 * 3
+    storm.close()
