@@ -97,11 +97,10 @@ pub(crate) fn choose(
     actions
 }
 
-/// Keeps units that would leave, last packed first, as long as `reserve` of the largest stay free.
+/// Keeps units that would leave, last packed first, as long as `reserve` bytes stay free.
 fn keep_what_fits(record: &StepRecord, limits: &Limits, actions: &mut [Action], reserve: u64) {
-    let largest = record.units.iter().map(|unit| unit.bytes).max().unwrap_or(0);
     let full = signed(limits.budget_bytes.saturating_sub(record.hidden_bytes));
-    let reserved = signed(limits.budget_bytes.saturating_sub(record.hidden_bytes + reserve * largest));
+    let reserved = signed(limits.budget_bytes.saturating_sub(record.hidden_bytes + reserve));
     let needs = needs(record, actions);
     // From its return on a unit is in the load in any case.
     let away = |index: usize| {

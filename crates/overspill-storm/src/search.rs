@@ -10,8 +10,8 @@ use crate::{
 
 /// Shares of the units that could be rebuilt, or compressed, that the first rounds of the search try.
 const SHARES: usize = 8;
-/// Room left for units on their way, in sizes of the largest unit.
-const RESERVES: [u64; 4] = [1, 2, 4, 8];
+/// Room left for units on their way, in sizes of a large unit.
+const RESERVES: [u64; 6] = [0, 1, 2, 4, 8, 16];
 /// Kinds of unit whose number is varied on its own, and how often each is; fewer where a step is so long that this
 /// many units would be looked at.
 const LIKES: usize = 12;
@@ -30,7 +30,7 @@ const MOST_LOOKS: usize = 100_000;
 pub fn make_plan(record: &StepRecord, limits: &Limits) -> Plan {
     let largest = record.units.iter().map(|unit| unit.bytes).max().unwrap_or(0);
     let mut search = Search::new(record, limits);
-    search.attempt(search.first(0, Choice { reserve: RESERVES[1], ..Choice::default() }));
+    search.attempt(search.first(0, Choice { reserve: 2 * search.large, ..Choice::default() }));
     if search.is_free() {
         return search.settled();
     }
@@ -41,18 +41,17 @@ pub fn make_plan(record: &StepRecord, limits: &Limits) -> Plan {
         search.budget = floor + 2 * largest;
     }
     search.try_rebuilds();
-    for reserve in [RESERVES[0], RESERVES[2], RESERVES[3], 0] {
-        search.attempt(Choice { reserve, ..search.best() });
-    }
+    search.vary_reserve();
     if !search.coded.is_empty() && !search.is_free() {
         search.try_coded();
     }
     search.refine();
     search.vary_likes();
+    search.vary_reserve();
     search.settled()
 }
 
-/// What the search varies: how many units of each kind and order, and sizes of the largest left free.
+/// What the search varies: how many units of each kind and order, and bytes left free.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Choice {
     /// Of each kind that can be rebuilt, the last packed of it.
@@ -72,6 +71,8 @@ struct Search<'a> {
     likes: Vec<Vec<usize>>,
     like_of: Vec<usize>,
     coded: Vec<usize>,
+    /// Size of a large unit. Not the largest: a language model's logits are as large as twenty others.
+    large: u64,
     best: Option<(Choice, Plan)>,
 }
 
@@ -84,7 +85,11 @@ impl<'a> Search<'a> {
             like.iter().for_each(|&index| like_of[index] = number);
         }
         let coded = coded_order(record);
-        Self { record, limits, budget: limits.budget_bytes, rebuilds, likes, like_of, coded, best: None }
+        let mut sizes: Vec<u64> = record.units.iter().map(|unit| unit.bytes).collect();
+        sizes.sort_unstable();
+        let large = sizes.get(sizes.len() * 19 / 20).copied().unwrap_or(0);
+        let budget = limits.budget_bytes;
+        Self { record, limits, budget, rebuilds, likes, like_of, coded, large, best: None }
     }
 
     fn best(&self) -> Choice {
@@ -154,6 +159,12 @@ impl<'a> Search<'a> {
         if middle.coded > 0 {
             self.attempt(Choice { coded: middle.coded.saturating_sub(stride), ..middle.clone() });
             self.attempt(Choice { coded: (middle.coded + stride).min(self.coded.len()), ..middle });
+        }
+    }
+
+    fn vary_reserve(&mut self) {
+        for share in RESERVES {
+            self.attempt(Choice { reserve: share * self.large, ..self.best() });
         }
     }
 
