@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import re
+import json
+import tempfile
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,16 +70,19 @@ def lanes(profile: torch.profiler.profile) -> dict[str, Any]:
     """
     found: dict[str, list[Interval]] = {"kernels": [], "offload": [], "onboard": []}
     bytes_moved = {"offload": 0, "onboard": 0}
-    for event in profile.profiler.kineto_results.events():
-        if event.device_type() != torch.autograd.DeviceType.CUDA or event.is_user_annotation():
+    # The records themselves do not say how many bytes a copy had; the exported trace does.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    for event in events:
+        if event.get("cat") not in ("kernel", "gpu_memcpy", "gpu_memset"):
             continue
-        name = event.name()
+        name = event["name"]
         lane = "offload" if "DtoH" in name else "onboard" if "HtoD" in name else "kernels"
-        begin = event.start_ns() / 1e3
-        found[lane].append((begin, begin + event.duration_ns() / 1e3))
+        found[lane].append((event["ts"], event["ts"] + event["dur"]))
         if lane in bytes_moved:
-            copied = re.search(r'"bytes": (\d+)', event.metadata_json())
-            bytes_moved[lane] += int(copied[1]) if copied else event.nbytes()
+            bytes_moved[lane] += event["args"].get("bytes", 0)
     first = min(interval[0] for lane in found.values() for interval in lane)
     shifted = {name: merge([(a - first, b - first) for a, b in lane]) for name, lane in found.items()}
     rounded = {name: [(round(a, 1), round(b, 1)) for a, b in lane] for name, lane in shifted.items()}
