@@ -104,20 +104,39 @@ fn joined(py: Python<'_>, pieces: &[Vec<u8>]) -> PyResult<Py<PyBytes>> {
         Bound::from_owned_ptr_or_err(py, ffi::PyBytes_FromStringAndSize(std::ptr::null(), size))?
     };
     // SAFETY: the object is `bytes` and new, so nothing else reads or writes it; it holds `bytes` bytes.
-    let mut rest: &mut [MaybeUninit<u8>] =
+    let room: &mut [MaybeUninit<u8>] =
         unsafe { std::slice::from_raw_parts_mut(ffi::PyBytes_AsString(made.as_ptr()).cast(), bytes) };
-    ask_for_huge_pages(rest);
-    for piece in pieces {
-        let (room, others) = rest.split_at_mut(piece.len());
-        room.write_copy_of_slice(piece);
-        rest = others;
-    }
+    ask_for_huge_pages(room);
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let share_bytes = bytes.div_ceil(cores).max(1).next_multiple_of(HUGE_BYTES);
+    std::thread::scope(|scope| {
+        let mut shares = room.chunks_mut(share_bytes).enumerate();
+        let own = shares.next();
+        for (i, share) in shares {
+            scope.spawn(move || copy_from(pieces, i * share_bytes, share));
+        }
+        if let Some((_, share)) = own {
+            copy_from(pieces, 0, share);
+        }
+    });
     Ok(made.cast_into::<PyBytes>()?.unbind())
 }
 
+/// Fills `room` with what lies `start_bytes` into the pieces, which reach beyond it.
+fn copy_from(pieces: &[Vec<u8>], mut start_bytes: usize, mut room: &mut [MaybeUninit<u8>]) {
+    for piece in pieces {
+        let rest = &piece[start_bytes.min(piece.len())..];
+        start_bytes -= piece.len() - rest.len();
+        let (own, others) = room.split_at_mut(rest.len().min(room.len()));
+        own.write_copy_of_slice(&rest[..own.len()]);
+        room = others;
+    }
+}
+
+const HUGE_BYTES: usize = 2 << 20;
+
 /// Advice only: a system without huge pages goes on with plain ones.
 fn ask_for_huge_pages(memory: &mut [MaybeUninit<u8>]) {
-    const HUGE_BYTES: usize = 2 << 20;
     let skipped = memory.as_ptr().align_offset(HUGE_BYTES).min(memory.len());
     let whole = (memory.len() - skipped) / HUGE_BYTES * HUGE_BYTES;
     let inside = &mut memory[skipped..skipped + whole];

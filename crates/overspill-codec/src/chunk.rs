@@ -91,7 +91,7 @@ fn apply_typed<W: Word>(
         }
         ChunkMode::Dense => {
             let tables = head.dense.as_ref().ok_or(no_tables)?;
-            dense::apply::<W>(body, &tables.classes, &KeyContext::new(spec, tables), words)
+            dense::apply::<W>(body, tables, &KeyContext::new(spec, tables), words)
         }
         ChunkMode::Planes => {
             let tables = head.planes.as_ref().ok_or(no_tables)?;
@@ -116,6 +116,8 @@ impl<'a> KeyContext<'a> {
 }
 
 impl<W: Word> dense::Context<W> for KeyContext<'_> {
+    const STILL_IS_BASE: bool = true;
+
     #[inline(always)]
     fn class(&self, _position: usize, base: W) -> usize {
         self.class_of_key[usize::from(self.keys.key(base))].into()

@@ -8,12 +8,20 @@
 use crate::CodecError;
 use crate::bits::{BitReader, BitWriter, put_varint, take, take_varint};
 use crate::classes::DenseClass;
-use crate::rans::{Decoder, Encoder, MAX_LANES, STATE_LOW, Slots};
+use crate::head::DenseTables;
+use crate::rans::{Decoder, Encoder, MAX_LANES, STATE_LOW};
+use crate::scan::{BLOCK, BlockOps, valid_mask};
+use crate::simd;
 use crate::values::{magnitude_of, sign_magnitude, split_magnitude, step_of};
 use crate::words::{Word, set_word, word_at};
 
+/// Words whose symbols are decoded before they are put to use: whole groups of lanes, and near in the caches.
+pub(crate) const STRETCH: usize = 2048;
+
 /// What the coder of dense steps must know about each word besides its base.
 pub(crate) trait Context<W: Word> {
+    /// Whether a word whose step is 0 is its base.
+    const STILL_IS_BASE: bool;
     /// Index into the dense table's classes.
     fn class(&self, position: usize, base: W) -> usize;
     /// The wrapping step from base to final word.
@@ -52,30 +60,59 @@ pub(crate) fn encode<W: Word>(
 /// Apply a payload (without its mode byte) to base words, in place.
 pub(crate) fn apply<W: Word>(
     mut body: &[u8],
-    classes: &[DenseClass],
+    tables: &DenseTables,
     context: &impl Context<W>,
     words: &mut [u8],
 ) -> Result<(), CodecError> {
-    let bad = |why| CodecError::malformed("dense chunk", why);
     let coded_bytes = take_varint(&mut body)?;
     let mut decoder = Decoder::new(take(&mut body, coded_bytes, "dense chunk")?, MAX_LANES)?;
     let mut raw = BitReader::new(body);
-    let slots: Vec<&Slots> = classes.iter().map(|class| class.values.slots()).collect();
-    for i in 0..words.len() / W::BYTES {
-        let base = word_at::<W>(words, i);
-        let symbol = decoder.symbol(slots[context.class(i, base)])?;
-        let step = if symbol == 0 {
-            W::default()
-        } else {
-            let sign = raw.get(1)?;
-            let (least, width) = magnitude_of::<W>(symbol).ok_or(bad("a magnitude beyond the word"))?;
-            step_of(sign, least + raw.get(width)?)
-        };
-        set_word(words, i, context.word(i, base, step));
+    let (mut classes, mut symbols) = ([0; STRETCH], [0; STRETCH]);
+    for (stretch, words) in words.chunks_mut(STRETCH * W::BYTES).enumerate() {
+        let (first, count) = (stretch * STRETCH, words.len() / W::BYTES);
+        for (i, class) in classes[..count].iter_mut().enumerate() {
+            *class = context.class(first + i, word_at::<W>(words, i)) as u8;
+        }
+        simd::decode_classed(&mut decoder, tables.slots(), &classes[..count], &mut symbols[..count])?;
+        symbols[count..].fill(0);
+        simd::apply_symbols(&symbols, context, first, &mut raw, words)?;
     }
     decoder.finish()?;
     if raw.bytes_read() != body.len() {
-        return Err(bad("bytes left over"));
+        return Err(CodecError::malformed("dense chunk", "bytes left over"));
+    }
+    Ok(())
+}
+
+/// Give words the steps that their symbols and raw bits say; `first` is the position of the first one for the context.
+#[inline(always)]
+pub(crate) fn apply_symbols<W: Word, O: BlockOps, C: Context<W>>(
+    symbols: &[u8; STRETCH],
+    context: &C,
+    first: usize,
+    raw: &mut BitReader<'_>,
+    words: &mut [u8],
+) -> Result<(), CodecError> {
+    let count = words.len() / W::BYTES;
+    for (start, block) in (0..count).step_by(BLOCK).zip(symbols.as_chunks::<BLOCK>().0) {
+        let mut coded =
+            if C::STILL_IS_BASE { O::mask(block, 1, u8::MAX) } else { valid_mask(BLOCK.min(count - start)) };
+        while coded != 0 {
+            let place = coded.trailing_zeros() as usize;
+            coded &= coded - 1;
+            let step = match block[place] {
+                0 => W::default(),
+                symbol => {
+                    let (least, width) = magnitude_of::<W>(symbol)
+                        .ok_or(CodecError::malformed("dense chunk", "a magnitude beyond the word"))?;
+                    // The sign, then the magnitude's raw bits.
+                    let bits = raw.get(1 + width)?;
+                    step_of(bits & 1, least + (bits >> 1))
+                }
+            };
+            let i = start + place;
+            set_word(words, i, context.word(first + i, word_at::<W>(words, i), step));
+        }
     }
     Ok(())
 }

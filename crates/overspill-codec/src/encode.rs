@@ -18,6 +18,9 @@ const ELIAS_CHUNK_LOG2: u32 = 16;
 /// Words that are compressed to find out whether Zstandard is worth trying.
 const ZSTD_PROBE_WORDS: usize = 4096;
 
+/// One run in so many must occur again among them.
+const REPEATS_WORTHWHILE: usize = 128;
+
 /// Which codec the encoder may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum CodecChoice {
@@ -296,11 +299,37 @@ impl<W: Word> ChunkEncoder<'_, W> {
         if let Some(known) = self.try_zstd {
             return Ok(known);
         }
-        let probe = new.len().min(ZSTD_PROBE_WORDS * W::BYTES);
-        let mut out = Vec::new();
-        self.elias(&old[..probe], &new[..probe], &mut out)?;
-        let wins = out.len() * new.len() < planes_bytes * probe;
+        let probe = ZSTD_PROBE_WORDS * W::BYTES;
+        if new.len() <= probe {
+            // Nothing to save by a probe; and the lanes of the planes may cost a short chunk more than they gain.
+            return Ok(true);
+        }
+        let wins = repeats_itself::<W>(&new[..probe]) && {
+            let mut out = Vec::new();
+            self.elias(&old[..probe], &new[..probe], &mut out)?;
+            out.len() * new.len() < planes_bytes * probe
+        };
         self.try_zstd = Some(wins);
         Ok(wins)
     }
+}
+
+/// Whether enough runs of 4 bytes or more occur again for a compressor that refers back to them to be worth trying:
+/// without them it codes the bytes of all planes alike, which costs more than one table for each.
+fn repeats_itself<W: Word>(words: &[u8]) -> bool {
+    const SLOTS_LOG2: u32 = 13;
+    const RUN_MASK: u64 = (1 << 48) - 1;
+    const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
+    let mut seen = vec![0u64; 1 << SLOTS_LOG2];
+    let (mut run, mut again) = (0u64, 0);
+    for word in words.chunks_exact(W::BYTES) {
+        let word = W::load(word).to_u64();
+        run = if W::BITS < 32 { (run << W::BITS | word) & RUN_MASK } else { word };
+        // Not 0, which is a slot that was not used.
+        let key = run.wrapping_add(1);
+        let slot = &mut seen[(run.wrapping_mul(MULTIPLIER) >> (u64::BITS - SLOTS_LOG2)) as usize];
+        again += usize::from(*slot == key);
+        *slot = key;
+    }
+    again * REPEATS_WORTHWHILE > words.len() / W::BYTES
 }

@@ -4,6 +4,8 @@
 //! follow. The tables are one bit stream, padded to a byte: sparse (bit: rows are context, then their rate in 7
 //! bits; class table), dense (class table), planes.
 
+use std::sync::OnceLock;
+
 use crate::CodecError;
 use crate::bits::{BitReader, BitWriter};
 use crate::classes::{ClassPlan, DenseClass, read_dense, read_sparse, write_dense, write_sparse};
@@ -75,6 +77,7 @@ pub(crate) struct DenseTables {
     pub(crate) classes: Vec<DenseClass>,
     /// Class of each key.
     pub(crate) class_of_key: [u8; 256],
+    slots: OnceLock<Vec<u32>>,
 }
 
 impl Head {
@@ -155,6 +158,14 @@ impl DenseTables {
         for key in 0..=255u8 {
             class_of_key[usize::from(key)] = classes.partition_point(|class| class.high < key) as u8;
         }
-        DenseTables { classes, class_of_key }
+        DenseTables { classes, class_of_key, slots: OnceLock::new() }
+    }
+
+    /// The decoding tables of all classes, one behind the other.
+    pub(crate) fn slots(&self) -> &[u32] {
+        self.slots.get_or_init(|| {
+            let tables = self.classes.iter();
+            tables.flat_map(|class| class.values.slots().as_slice()).copied().collect()
+        })
     }
 }

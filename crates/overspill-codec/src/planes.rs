@@ -9,7 +9,7 @@ use crate::CodecError;
 use crate::bits::{BitReader, BitWriter, put_varint, take, take_varint};
 use crate::rans::{Decoder, MAX_LANES, SymbolTable};
 use crate::simd;
-use crate::tables::{Frequencies, MAX_SYMBOLS};
+use crate::tables::{Frequencies, MAX_SYMBOLS, entropy_bits};
 use crate::words::Word;
 
 /// Per plane its table, `None` where it is stored raw.
@@ -55,26 +55,21 @@ fn count_bytes<'a, W: Word>(
     let shift = plane_shift::<W>(plane);
     // Eight tables, so that equal neighbours do not wait for each other.
     let mut tables = [[0u32; MAX_SYMBOLS]; 8];
+    let mut bytes = [0; SAMPLE_WORDS];
     for run in runs {
-        let byte = |word: &[u8]| usize::from(plane_byte::<W>(W::load(word), is_float, shift));
-        let eights = run.chunks_exact(8 * W::BYTES);
-        for word in eights.remainder().chunks_exact(W::BYTES) {
-            tables[0][byte(word)] += 1;
+        let bytes = &mut bytes[..run.len() / W::BYTES];
+        simd::split_plane::<W>(run, is_float, shift, bytes);
+        let (eights, rest) = bytes.as_chunks::<8>();
+        for &byte in rest {
+            tables[0][usize::from(byte)] += 1;
         }
         for eight in eights {
-            for (word, table) in eight.chunks_exact(W::BYTES).zip(&mut tables) {
-                table[byte(word)] += 1;
+            for (&byte, table) in eight.iter().zip(&mut tables) {
+                table[usize::from(byte)] += 1;
             }
         }
     }
     std::array::from_fn(|byte| tables.iter().map(|table| u64::from(table[byte])).sum())
-}
-
-/// Entropy of one symbol, in bits.
-fn entropy_bits(counts: &[u64]) -> f64 {
-    let total = counts.iter().sum::<u64>() as f64;
-    let used = counts.iter().filter(|&&count| count > 0);
-    used.map(|&count| count as f64 / total).map(|p| -p * p.log2()).sum()
 }
 
 /// Where a plane's byte lies in a rotated word.
@@ -111,6 +106,14 @@ fn plane_byte<W: Word>(word: W, is_float: bool, shift: u32) -> u8 {
     }
 }
 
+/// The bytes at `shift` of all words.
+#[inline(always)]
+pub(crate) fn split_plane<W: Word>(words: &[u8], is_float: bool, shift: u32, plane: &mut [u8]) {
+    for (byte, word) in plane.iter_mut().zip(words.chunks_exact(W::BYTES)) {
+        *byte = plane_byte::<W>(W::load(word), is_float, shift);
+    }
+}
+
 /// Buffers of an encoder, kept from chunk to chunk.
 #[derive(Default)]
 pub(crate) struct Scratch {
@@ -131,9 +134,7 @@ pub(crate) fn encode<W: Word>(
     plane.resize(words.len() / W::BYTES, 0);
     for (index, table) in tables.iter().enumerate() {
         let shift = plane_shift::<W>(index);
-        for (byte, word) in plane.iter_mut().zip(words.chunks_exact(W::BYTES)) {
-            *byte = plane_byte::<W>(W::load(word), is_float, shift);
-        }
+        simd::split_plane::<W>(words, is_float, shift, plane);
         match table {
             None => out.extend_from_slice(plane),
             Some(table) => {

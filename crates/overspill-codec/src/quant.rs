@@ -123,6 +123,9 @@ impl<W: Word> Prediction<W> {
 }
 
 impl<W: Word> Context<W> for QuantContext<'_, W> {
+    // Around zero the residual is that to another word.
+    const STILL_IS_BASE: bool = false;
+
     #[inline(always)]
     fn class(&self, position: usize, _base: W) -> usize {
         self.class_of_key[usize::from(self.prediction.keys[position])].into()

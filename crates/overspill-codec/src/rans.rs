@@ -205,6 +205,25 @@ impl<'a> Decoder<'a> {
         Ok(())
     }
 
+    /// The next symbols, each of the table that `classes` names; `slots` holds the tables one behind the other.
+    pub(crate) fn classed(
+        &mut self,
+        slots: &[u32],
+        classes: &[u8],
+        bytes: &mut [u8],
+    ) -> Result<(), CodecError> {
+        let (tables, _) = slots.as_chunks();
+        for (byte, &class) in bytes.iter_mut().zip(classes) {
+            *byte = self.symbol(&tables[usize::from(class)])?;
+        }
+        Ok(())
+    }
+
+    /// How many symbols are left until lane 0 is next, where all lanes are in use.
+    pub(crate) fn until_first_lane(&self) -> Option<usize> {
+        (self.mask == MAX_LANES - 1).then(|| self.next.wrapping_neg() % MAX_LANES)
+    }
+
     /// Go on behind whole groups of 32 symbols that were decoded elsewhere, with `words` left.
     pub(crate) fn resume_at(&mut self, words: &'a [u8]) {
         self.words = words;

@@ -1,7 +1,7 @@
 //! Index records: where a chunk's payload ends, and a check over its bytes.
 
 use crate::segment::{BaseKind, PatchKind, SegmentSpec};
-use crate::{CodecError, QuantLayout};
+use crate::{CodecError, QuantLayout, simd};
 
 /// Bytes of one index record.
 pub const RECORD_BYTES: usize = 8;
@@ -51,7 +51,8 @@ const D: u64 = 0xe703_7ed1_a0b4_28db;
 
 /// Sum of w_i * (2 i + 1) + length * A modulo 2^64, w_i the little-endian 32-bit words of `bytes`, the last padded
 /// with zeros. Additive, so that many threads (or a thread block) can form it in any order.
-fn keyed_sum(bytes: &[u8]) -> u64 {
+#[inline(always)]
+pub(crate) fn keyed_sum(bytes: &[u8]) -> u64 {
     let (words, tail) = bytes.as_chunks::<4>();
     let mut sum = 0u64;
     let mut key = 1u32;
@@ -78,7 +79,7 @@ pub(crate) fn segment_seed(head: &[u8], spec: &SegmentSpec) -> u64 {
     let mut bytes = head.to_vec();
     bytes.extend_from_slice(&[spec.dtype.code(), base, kind]);
     bytes.extend_from_slice(&(spec.words as u32).to_le_bytes());
-    keyed_sum(&bytes)
+    simd::keyed_sum(&bytes)
 }
 
 /// What a segment's seed adds to the sum that a payload's check is made of.
@@ -88,7 +89,8 @@ pub(crate) fn segment_seed_term(head: &[u8], spec: &SegmentSpec) -> u64 {
 
 /// The check of a payload: the top half of `(keyed sum + chunk * B + seed * D) * C` modulo 2^64.
 pub(crate) fn payload_check(payload: &[u8], chunk: usize, seed: u64) -> u32 {
-    let sum =
-        keyed_sum(payload).wrapping_add((chunk as u64).wrapping_mul(B)).wrapping_add(seed.wrapping_mul(D));
+    let sum = simd::keyed_sum(payload)
+        .wrapping_add((chunk as u64).wrapping_mul(B))
+        .wrapping_add(seed.wrapping_mul(D));
     (sum.wrapping_mul(C) >> 32) as u32
 }

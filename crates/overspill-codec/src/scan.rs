@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 
-use crate::classes::{KeyMap, MAX_CLASSES};
+use crate::classes::KeyMap;
 use crate::words::{OrderMap, Word, set_word, word_at};
 
 /// Words in a block.
@@ -29,8 +29,40 @@ pub(crate) trait BlockOps {
     fn count(keys: &RunKeys, high: u8) -> u32;
     /// Bit i says whether `low <= keys[i] <= high`; `low <= high`.
     fn mask(keys: &[u8; BLOCK], low: u8, high: u8) -> u64;
+    /// The number of the range that each key lies in, a bit of it for all keys in each mask.
+    fn range_bits(keys: &[u8; BLOCK], ranges: &KeyRanges) -> [u64; RANGE_BITS];
     /// Position of the `rank`-th set bit (counted from 0), which exists.
     fn select(mask: u64, rank: u32) -> u32;
+}
+
+/// Bits of a range's number.
+pub(crate) const RANGE_BITS: usize = 5;
+
+/// Most ranges: the classes and what lies between them together cut the keys as the classes of a table do.
+const MAX_RANGES: usize = 1 << RANGE_BITS;
+
+/// Keys that a vector unit looks up at once.
+pub(crate) const WINDOW: usize = 64;
+
+/// All keys, cut into ranges in ascending order.
+pub(crate) struct KeyRanges {
+    /// Number of the range that a key lies in.
+    pub(crate) of_key: [u8; 256],
+    /// The last key of the first range, and the ranges of the keys from there on: all cuts lie in the window, and keys
+    /// on either side of it are as its ends. `None` where the cuts lie further apart.
+    pub(crate) window: Option<(u8, [u8; WINDOW])>,
+}
+
+impl KeyRanges {
+    /// Cut behind each of `highs`, ascending; the last one is 255.
+    fn new(highs: &[u8]) -> Self {
+        let of_key = std::array::from_fn(|key| highs.partition_point(|&high| usize::from(high) < key) as u8);
+        let first = highs[0];
+        let last_cut = highs.len().checked_sub(2).map_or(first, |last| highs[last]);
+        let fits = usize::from(last_cut - first) < WINDOW - 1;
+        let ranges = std::array::from_fn(|i| of_key[(usize::from(first) + i).min(255)]);
+        KeyRanges { of_key, window: fits.then_some((first, ranges)) }
+    }
 }
 
 /// The reference operations.
@@ -49,6 +81,18 @@ impl BlockOps for Portable {
             mask |= u64::from(low <= key && key <= high) << i;
         }
         mask
+    }
+
+    #[inline(always)]
+    fn range_bits(keys: &[u8; BLOCK], ranges: &KeyRanges) -> [u64; RANGE_BITS] {
+        let mut bits = [0; RANGE_BITS];
+        for (i, &key) in keys.iter().enumerate() {
+            let range = ranges.of_key[usize::from(key)];
+            for (bit, mask) in bits.iter_mut().enumerate() {
+                *mask |= u64::from(range >> bit & 1) << i;
+            }
+        }
+        bits
     }
 
     #[inline(always)]
@@ -134,7 +178,7 @@ fn block_changed<W: Word, O: BlockOps>(old: &[u8], new: &[u8], start: usize, cou
 }
 
 #[inline(always)]
-fn valid_mask(count: usize) -> u64 {
+pub(crate) fn valid_mask(count: usize) -> u64 {
     if count == BLOCK { u64::MAX } else { (1 << count) - 1 }
 }
 
@@ -262,6 +306,23 @@ impl<'a, W: Word> Cursor<'a, W> {
     }
 }
 
+/// Counts of keys: eight tables, so that equal neighbours do not wait for each other.
+pub(crate) type KeyTables = [[u32; 256]; 8];
+
+/// Count the keys of every `stride`-th block.
+#[inline(always)]
+pub(crate) fn count_keys<W: Word>(words: &[u8], keys: KeyMap, stride: usize, tables: &mut KeyTables) {
+    for block in words.chunks(BLOCK * W::BYTES).step_by(stride) {
+        let count = block.len() / W::BYTES;
+        let keys = block_keys::<W>(block, 0, count, keys);
+        for eight in keys[..count].chunks(8) {
+            for (&key, table) in eight.iter().zip(&mut *tables) {
+                table[usize::from(key)] += 1;
+            }
+        }
+    }
+}
+
 /// Append which words differ, a bit each, 64 to a number.
 #[inline(always)]
 pub(crate) fn change_masks<W: Word, O: BlockOps>(old: &[u8], new: &[u8], masks: &mut Vec<u64>) {
@@ -295,7 +356,15 @@ pub(crate) fn collect_events<W: Word, O: BlockOps>(
 ) {
     let mut collector = Collector::new(values, events);
     for range in ranges {
-        for start in range.clone().step_by(BLOCK) {
+        let runs_end = range.start + range.len() / RUN * RUN;
+        for start in (range.start..runs_end).step_by(RUN) {
+            // All keys of the run first: a block that was stored a moment ago makes a vector unit's loads wait.
+            let run = run_keys::<W>(old, start, keys);
+            for (block, keys) in run.iter().enumerate() {
+                collector.collect::<O>(keys, u64::MAX, bits_at(changed, start + block * BLOCK, BLOCK));
+            }
+        }
+        for start in (runs_end..range.end).step_by(BLOCK) {
             let count = BLOCK.min(range.end - start);
             let block = block_keys::<W>(old, start, count, keys);
             collector.collect::<O>(&block, valid_mask(count), bits_at(changed, start, count));
@@ -304,70 +373,61 @@ pub(crate) fn collect_events<W: Word, O: BlockOps>(
     collector.finish();
 }
 
-/// Most ranges of keys: one a class, one between any two, and one at either end.
-const MAX_RANGES: usize = 2 * MAX_CLASSES + 1;
-
 /// Notes the changes of a chunk, block after block.
 struct Collector<'a, W> {
     values: std::slice::Iter<'a, W>,
     events: &'a mut [ClassEvents<W>],
-    /// All keys, cut where a class begins or ends: the last key of each range, and which class it is.
-    highs: [u8; MAX_RANGES],
-    classes: [usize; MAX_RANGES],
-    ranges: usize,
-    /// Number of the range that has a key.
-    range_of_key: [u8; 256],
-    /// Words so far with a key up to the last one of each range, behind an entry for none.
-    below: [u32; MAX_RANGES + 1],
-    /// Which words of the block at hand those are.
-    masks: [u64; MAX_RANGES + 1],
+    /// All keys, cut where a class begins or ends, and which class each range is.
+    ranges: KeyRanges,
+    classes: Vec<usize>,
+    /// Ranges, four at a time: how many fours there are, words so far in each, and which words of the block at hand.
+    groups: usize,
+    population: [[u64; 4]; MAX_RANGES / 4],
+    masks: [[u64; 4]; MAX_RANGES / 4],
 }
 
 const NO_CLASS: usize = usize::MAX;
 
 impl<'a, W: Word> Collector<'a, W> {
     fn new(values: &'a [W], events: &'a mut [ClassEvents<W>]) -> Self {
-        let (highs, classes) = ([0; MAX_RANGES], [NO_CLASS; MAX_RANGES]);
-        let (below, masks) = ([0; MAX_RANGES + 1], [0; MAX_RANGES + 1]);
-        let (values, range_of_key) = (values.iter(), [0; 256]);
-        let mut collector =
-            Collector { values, events, highs, classes, ranges: 0, range_of_key, below, masks };
-        let mut next = 0;
-        for class in 0..collector.events.len() {
-            let ClassEvents { low, high, .. } = collector.events[class];
-            if usize::from(low) > next {
-                collector.cut(&mut next, low - 1, NO_CLASS);
+        let (mut highs, mut classes, mut next) = (Vec::new(), Vec::new(), 0);
+        for (class, own) in events.iter().enumerate() {
+            if usize::from(own.low) > next {
+                highs.push(own.low - 1);
+                classes.push(NO_CLASS);
             }
-            collector.cut(&mut next, high, class);
+            highs.push(own.high);
+            classes.push(class);
+            next = usize::from(own.high) + 1;
         }
         if next < 256 {
-            collector.cut(&mut next, u8::MAX, NO_CLASS);
+            highs.push(u8::MAX);
+            classes.push(NO_CLASS);
         }
-        collector
-    }
-
-    fn cut(&mut self, next: &mut usize, high: u8, class: usize) {
-        self.range_of_key[*next..=usize::from(high)].fill(self.ranges as u8);
-        (self.highs[self.ranges], self.classes[self.ranges]) = (high, class);
-        self.ranges += 1;
-        *next = usize::from(high) + 1;
+        assert!(highs.len() <= MAX_RANGES, "more ranges than a class table cuts");
+        let ranges = KeyRanges::new(&highs);
+        let groups = classes.len().div_ceil(4);
+        let (population, masks) = Default::default();
+        Collector { values: values.iter(), events, ranges, classes, groups, population, masks }
     }
 
     /// A block with the keys `keys`, whose words are `valid` and whose changed words are `hits`.
     #[inline(always)]
     fn collect<O: BlockOps>(&mut self, keys: &[u8; BLOCK], valid: u64, mut hits: u64) {
-        for range in 0..self.ranges {
-            let mask = O::mask(keys, 0, self.highs[range]) & valid;
-            self.masks[range + 1] = mask;
-            self.below[range + 1] += mask.count_ones();
+        let bits = O::range_bits(keys, &self.ranges);
+        // Halves of a number that all ranges share: bits 0 and 1, and those above.
+        let low = [!bits[0] & !bits[1], bits[0] & !bits[1], !bits[0] & bits[1], bits[0] & bits[1]];
+        for group in 0..self.groups {
+            let pick = |bit: usize| if group >> bit & 1 == 1 { bits[2 + bit] } else { !bits[2 + bit] };
+            let high = pick(0) & pick(1) & pick(2) & valid;
+            self.masks[group] = [low[0] & high, low[1] & high, low[2] & high, low[3] & high];
         }
         while hits != 0 {
             let bit = hits.trailing_zeros() as usize;
             hits &= hits - 1;
-            let range = usize::from(self.range_of_key[usize::from(keys[bit])]);
-            let own = self.masks[range + 1] & !self.masks[range];
-            let population = self.below[range + 1] - self.below[range] - own.count_ones();
-            let rank = population + (own & ((1 << bit) - 1)).count_ones();
+            let range = usize::from(self.ranges.of_key[usize::from(keys[bit])]);
+            let before = self.masks[range / 4][range % 4] & ((1 << bit) - 1);
+            let rank = self.population[range / 4][range % 4] as u32 + before.count_ones();
             if let (Some(class), Some(&value)) =
                 (self.events.get_mut(self.classes[range]), self.values.next())
             {
@@ -375,12 +435,17 @@ impl<'a, W: Word> Collector<'a, W> {
                 class.values.push(value);
             }
         }
+        for (population, masks) in self.population.iter_mut().zip(&self.masks).take(self.groups) {
+            for (population, mask) in population.iter_mut().zip(masks) {
+                *population += u64::from(mask.count_ones());
+            }
+        }
     }
 
     fn finish(self) {
-        for (range, &class) in self.classes[..self.ranges].iter().enumerate() {
+        for (&class, &population) in self.classes.iter().zip(self.population.as_flattened()) {
             if let Some(class) = self.events.get_mut(class) {
-                class.population = self.below[range + 1] - self.below[range];
+                class.population = population as u32;
             }
         }
     }

@@ -279,7 +279,7 @@ impl<'a> SegmentView<'a> {
         let (payload, first_word) = (self.payload(chunk), self.chunk_words(chunk).start);
         if let (ChunkMode::Dense, Some(tables)) = (ChunkMode::of(payload)?, &self.head.dense) {
             let context = QuantContext { prediction: &prediction, class_of_key: &tables.class_of_key };
-            return dense::apply::<W>(&payload[1..], &tables.classes, &context, out);
+            return dense::apply::<W>(&payload[1..], tables, &context, out);
         }
         apply_payload(payload, &self.head, &self.spec, first_word, out)
     }

@@ -7,8 +7,12 @@
 use std::ops::Range;
 
 use crate::CodecError;
+use crate::bits::BitReader;
 use crate::classes::KeyMap;
+use crate::dense;
+use crate::planes;
 use crate::rans::{self, Decoder, MAX_LANES, SymbolTable};
+use crate::record;
 use crate::scan::{self, BlockOps, ClassEvents, Portable, ValueMap};
 use crate::words::Word;
 
@@ -66,6 +70,47 @@ mod avx2 {
         }
 
         #[inline(always)]
+        fn range_bits(keys: &[u8; scan::BLOCK], ranges: &scan::KeyRanges) -> [u64; scan::RANGE_BITS] {
+            let Some((first, window)) = &ranges.window else {
+                return Portable::range_bits(keys, ranges);
+            };
+            let mut bits = [0; scan::RANGE_BITS];
+            // SAFETY: AVX2 is there (see `Avx2`); the unaligned loads lie within the 64 bytes of `keys` and of `window`.
+            unsafe {
+                let mut tables = [_mm256_setzero_si256(); 4];
+                for (table, ranges) in tables.iter_mut().zip(window.as_chunks::<16>().0) {
+                    *table = _mm256_broadcastsi128_si256(_mm_loadu_si128(ranges.as_ptr().cast()));
+                }
+                let (first, last) =
+                    (_mm256_set1_epi8(*first as i8), _mm256_set1_epi8(scan::WINDOW as i8 - 1));
+                for (half, keys) in keys.as_chunks::<32>().0.iter().enumerate() {
+                    let keys = _mm256_loadu_si256(keys.as_ptr().cast());
+                    let place = _mm256_min_epu8(_mm256_subs_epu8(keys, first), last);
+                    // Each shuffle takes the low 4 bits of a place; bits 4 and 5 choose between the four.
+                    let odd = _mm256_slli_epi16::<3>(place);
+                    let lower = _mm256_blendv_epi8(
+                        _mm256_shuffle_epi8(tables[0], place),
+                        _mm256_shuffle_epi8(tables[1], place),
+                        odd,
+                    );
+                    let upper = _mm256_blendv_epi8(
+                        _mm256_shuffle_epi8(tables[2], place),
+                        _mm256_shuffle_epi8(tables[3], place),
+                        odd,
+                    );
+                    let mut number = _mm256_slli_epi16::<{ 8 - scan::RANGE_BITS as i32 }>(
+                        _mm256_blendv_epi8(lower, upper, _mm256_slli_epi16::<2>(place)),
+                    );
+                    for mask in bits.iter_mut().rev() {
+                        *mask |= u64::from(_mm256_movemask_epi8(number) as u32) << (32 * half);
+                        number = _mm256_slli_epi16::<1>(number);
+                    }
+                }
+            }
+            bits
+        }
+
+        #[inline(always)]
         fn select(mask: u64, rank: u32) -> u32 {
             // SAFETY: BMI2 is there (see `Avx2`).
             unsafe { _pdep_u64(1 << rank, mask) }.trailing_zeros()
@@ -98,6 +143,37 @@ mod avx2 {
     #[target_feature(enable = "avx2,bmi1,bmi2,popcnt,lzcnt")]
     pub(super) fn change_masks<W: Word>(old: &[u8], new: &[u8], masks: &mut Vec<u64>) {
         scan::change_masks::<W, Avx2>(old, new, masks);
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn count_keys<W: Word>(
+        words: &[u8],
+        keys: KeyMap,
+        stride: usize,
+        tables: &mut scan::KeyTables,
+    ) {
+        scan::count_keys::<W>(words, keys, stride, tables);
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn split_plane<W: Word>(words: &[u8], is_float: bool, shift: u32, plane: &mut [u8]) {
+        planes::split_plane::<W>(words, is_float, shift, plane);
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn keyed_sum(bytes: &[u8]) -> u64 {
+        record::keyed_sum(bytes)
+    }
+
+    #[target_feature(enable = "avx2,bmi1,bmi2,popcnt,lzcnt")]
+    pub(super) fn apply_symbols<W: Word>(
+        symbols: &[u8; dense::STRETCH],
+        context: &impl dense::Context<W>,
+        first: usize,
+        raw: &mut BitReader<'_>,
+        words: &mut [u8],
+    ) -> Result<(), CodecError> {
+        dense::apply_symbols::<W, Avx2, _>(symbols, context, first, raw, words)
     }
 
     /// Per set of lanes (bit mask): which element of a packed run goes to each lane.
@@ -147,10 +223,18 @@ mod avx2 {
     }
 
     /// Decode whole groups of 32 symbols while the words of a group and the 8 of an overhanging load are left.
-    /// Returns how many bytes were written; the decoder stands behind them.
+    /// Returns how many bytes were written; the decoder stands behind them. With `BY_CLASS` each symbol is of the
+    /// table in `slots` that its byte of `classes` names, else of the first.
     #[target_feature(enable = "avx2,bmi1,bmi2,popcnt,lzcnt")]
-    pub(super) fn decode_groups(decoder: &mut Decoder<'_>, table: &SymbolTable, bytes: &mut [u8]) -> usize {
-        let slots: &rans::Slots = table.slots();
+    pub(super) fn decode_groups<const BY_CLASS: bool>(
+        decoder: &mut Decoder<'_>,
+        slots: &[u32],
+        classes: &[u8],
+        bytes: &mut [u8],
+    ) -> usize {
+        let last_class = if BY_CLASS { classes.iter().copied().max().unwrap_or(0) } else { 0 };
+        assert!(slots.len() >= (usize::from(last_class) + 1) << rans::PROB_BITS);
+        assert!(!BY_CLASS || classes.len() == bytes.len());
         let mut states = [_mm256_setzero_si256(); 4];
         for (vector, lanes) in states.iter_mut().zip(decoder.states.as_chunks::<8>().0) {
             *vector = load8(lanes);
@@ -159,14 +243,21 @@ mod avx2 {
         let (byte_mask, one, zero) = (_mm256_set1_epi32(0xff), _mm256_set1_epi32(1), _mm256_setzero_si256());
         let mut words = decoder.rest();
         let mut done = 0;
-        for group in bytes.as_chunks_mut::<32>().0 {
+        for (number, group) in bytes.as_chunks_mut::<32>().0.iter_mut().enumerate() {
             if words.len() < 2 * (32 + 8) {
                 break;
             }
             let mut symbols = [zero; 4];
-            for (x, symbols) in states.iter_mut().zip(&mut symbols) {
-                let slot = _mm256_and_si256(*x, slot_mask);
-                // SAFETY: every index is below 4096, the length of `slots`.
+            for (lane, (x, symbols)) in states.iter_mut().zip(&mut symbols).enumerate() {
+                let mut slot = _mm256_and_si256(*x, slot_mask);
+                if BY_CLASS {
+                    let own: &[u8; 8] =
+                        classes[number * 32 + lane * 8..].first_chunk().expect("a class a symbol");
+                    // SAFETY: a load of exactly the 8 bytes of `own`.
+                    let own = _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(own.as_ptr().cast()) });
+                    slot = _mm256_or_si256(slot, _mm256_slli_epi32::<{ rans::PROB_BITS as i32 }>(own));
+                }
+                // SAFETY: every index is below 4096 for each class up to the last, the length of `slots` or less.
                 let entry = unsafe { _mm256_i32gather_epi32::<4>(slots.as_ptr().cast(), slot) };
                 *symbols = _mm256_and_si256(entry, byte_mask);
                 let frequency = _mm256_and_si256(_mm256_srli_epi32::<8>(entry), slot_mask);
@@ -242,10 +333,7 @@ mod avx2 {
                 unsafe { _mm_storeu_si128(room.as_mut_ptr().cast(), run) };
                 first -= mask.count_ones() as usize;
                 let x_now = _mm256_blendv_epi8(_mm256_srli_epi32::<16>(*x), *x, keep);
-                let quotient = divide(x_now, frequency);
-                let remainder = _mm256_sub_epi32(x_now, _mm256_mullo_epi32(quotient, frequency));
-                let high = _mm256_slli_epi32::<{ rans::PROB_BITS as i32 }>(quotient);
-                *x = _mm256_add_epi32(_mm256_add_epi32(high, remainder), start);
+                *x = _mm256_add_epi32(push(x_now, frequency), start);
             }
         }
         for (vector, lanes) in states.iter().zip(lanes.as_chunks_mut::<8>().0) {
@@ -257,19 +345,22 @@ mod avx2 {
         rans::put_words(words[first..].iter(), out);
     }
 
-    /// x / f per lane for 1 <= f <= 4096 and x < f << 20. The float estimate is at most one off: halving x loses at
-    /// most 1/f of the quotient, which is below 2^20, and the roundings less than 2^-22 of it.
+    /// (x / f << 12) + x % f per lane for 1 <= f <= 4096 and x < f << 20. The float estimate of the quotient is at most
+    /// one off: halving x loses at most 1/f of it, which is below 2^20, and the roundings less than 2^-22 of it.
     #[target_feature(enable = "avx2")]
-    fn divide(x: __m256i, f: __m256i) -> __m256i {
+    fn push(x: __m256i, f: __m256i) -> __m256i {
         let half = _mm256_cvtepi32_ps(_mm256_srli_epi32::<1>(x));
         let estimate = _mm256_div_ps(_mm256_add_ps(half, half), _mm256_cvtepi32_ps(f));
         let quotient = _mm256_cvttps_epi32(estimate);
         let remainder = _mm256_sub_epi32(x, _mm256_mullo_epi32(quotient, f));
-        let below = _mm256_cmpgt_epi32(_mm256_setzero_si256(), remainder);
-        let quotient = _mm256_add_epi32(quotient, below);
-        let remainder = _mm256_add_epi32(remainder, _mm256_and_si256(below, f));
-        let inside = _mm256_cmpgt_epi32(f, remainder);
-        _mm256_add_epi32(quotient, _mm256_add_epi32(inside, _mm256_set1_epi32(1)))
+        let joined = _mm256_add_epi32(_mm256_slli_epi32::<{ rans::PROB_BITS as i32 }>(quotient), remainder);
+        // A quotient of one less has a remainder of f more, and the other way around.
+        let one_less = _mm256_sub_epi32(f, _mm256_set1_epi32(rans::PROB_TOTAL as i32));
+        let above = _mm256_cmpgt_epi32(_mm256_setzero_si256(), remainder);
+        let joined = _mm256_add_epi32(joined, _mm256_and_si256(above, one_less));
+        let remainder = _mm256_add_epi32(remainder, _mm256_and_si256(above, f));
+        let exact = _mm256_cmpgt_epi32(f, remainder);
+        _mm256_sub_epi32(joined, _mm256_andnot_si256(exact, one_less))
     }
 }
 
@@ -316,6 +407,36 @@ pub(crate) fn change_masks<W: Word>(old: &[u8], new: &[u8], masks: &mut Vec<u64>
     scan::change_masks::<W, Portable>(old, new, masks);
 }
 
+/// [`scan::count_keys`] with the fastest operations there are.
+pub(crate) fn count_keys<W: Word>(words: &[u8], keys: KeyMap, stride: usize, tables: &mut scan::KeyTables) {
+    #[cfg(target_arch = "x86_64")]
+    if avx2::available() {
+        // SAFETY: the processor has the features that the function enables.
+        return unsafe { avx2::count_keys::<W>(words, keys, stride, tables) };
+    }
+    scan::count_keys::<W>(words, keys, stride, tables);
+}
+
+/// [`planes::split_plane`] with the fastest operations there are.
+pub(crate) fn split_plane<W: Word>(words: &[u8], is_float: bool, shift: u32, plane: &mut [u8]) {
+    #[cfg(target_arch = "x86_64")]
+    if avx2::available() {
+        // SAFETY: the processor has the features that the function enables.
+        return unsafe { avx2::split_plane::<W>(words, is_float, shift, plane) };
+    }
+    planes::split_plane::<W>(words, is_float, shift, plane);
+}
+
+/// [`record::keyed_sum`] with the fastest operations there are.
+pub(crate) fn keyed_sum(bytes: &[u8]) -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    if avx2::available() {
+        // SAFETY: the processor has the features that the function enables.
+        return unsafe { avx2::keyed_sum(bytes) };
+    }
+    record::keyed_sum(bytes)
+}
+
 /// Entropy-code bytes on 32 lanes: states, then words. Every byte has a frequency in `table`; what `words` holds does
 /// not matter.
 pub(crate) fn encode_bytes(bytes: &[u8], table: &SymbolTable, words: &mut Vec<u16>, out: &mut Vec<u8>) {
@@ -327,21 +448,56 @@ pub(crate) fn encode_bytes(bytes: &[u8], table: &SymbolTable, words: &mut Vec<u1
     rans::encode_bytes(bytes, table, out);
 }
 
-/// The next `bytes.len()` symbols of one table. The decoder stands at a multiple of [`MAX_LANES`] symbols.
+/// The next `bytes.len()` symbols of one table.
 pub(crate) fn decode_next(
     decoder: &mut Decoder<'_>,
     table: &SymbolTable,
-    bytes: &mut [u8],
+    mut bytes: &mut [u8],
 ) -> Result<(), CodecError> {
     #[cfg(target_arch = "x86_64")]
-    let bytes = if avx2::available() {
+    if let (true, Some(odd)) = (avx2::available(), decoder.until_first_lane())
+        && bytes.len() >= odd + MAX_LANES
+    {
+        let (front, groups) = bytes.split_at_mut(odd);
+        decoder.bytes(table, front)?;
         // SAFETY: the processor has the features that the function enables.
-        let done = unsafe { avx2::decode_groups(decoder, table, bytes) };
-        &mut bytes[done..]
-    } else {
-        bytes
-    };
+        let done = unsafe { avx2::decode_groups::<false>(decoder, table.slots(), &[], groups) };
+        bytes = &mut groups[done..];
+    }
     decoder.bytes(table, bytes)
+}
+
+/// The next symbols of a decoder that stands at a multiple of [`MAX_LANES`] symbols, each of the table that `classes`
+/// names; `slots` holds the tables one behind the other.
+pub(crate) fn decode_classed(
+    decoder: &mut Decoder<'_>,
+    slots: &[u32],
+    classes: &[u8],
+    bytes: &mut [u8],
+) -> Result<(), CodecError> {
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if avx2::available() {
+        // SAFETY: the processor has the features that the function enables.
+        done = unsafe { avx2::decode_groups::<true>(decoder, slots, classes, bytes) };
+    }
+    decoder.classed(slots, &classes[done..], &mut bytes[done..])
+}
+
+/// [`dense::apply_symbols`] with the fastest operations there are.
+pub(crate) fn apply_symbols<W: Word>(
+    symbols: &[u8; dense::STRETCH],
+    context: &impl dense::Context<W>,
+    first: usize,
+    raw: &mut BitReader<'_>,
+    words: &mut [u8],
+) -> Result<(), CodecError> {
+    #[cfg(target_arch = "x86_64")]
+    if avx2::available() {
+        // SAFETY: the processor has the features that the function enables.
+        return unsafe { avx2::apply_symbols(symbols, context, first, raw, words) };
+    }
+    dense::apply_symbols::<W, Portable, _>(symbols, context, first, raw, words)
 }
 
 #[cfg(test)]
@@ -393,9 +549,18 @@ mod tests {
             }
             let keys = KeyMap { shift: 7, mask: 0xff };
             let map = ValueMap { order: crate::words::OrderMap { is_float: true }, is_step: true };
-            let (low, high) = (rng.u8(..128), rng.u8(128..));
-            let classes = [(0, low), (low + 1, high), (high, 255)];
-            let empty = classes.map(|(low, high)| ClassEvents::<u16> { low, high, ..ClassEvents::default() });
+            // Cuts near enough to be looked up at once, and cuts that are not; a class in between is left out.
+            let (from, spread) = (rng.u8(..128), if rng.bool() { 62 } else { 127 });
+            let mut cuts: Vec<u8> = (0..rng.usize(2..17)).map(|_| from + rng.u8(..spread)).collect();
+            cuts.extend([254, 255]);
+            cuts.sort_unstable();
+            cuts.dedup();
+            let lows = std::iter::once(0).chain(cuts.iter().map(|&high| high.wrapping_add(1)));
+            let mut empty: Vec<_> = lows
+                .zip(&cuts)
+                .map(|(low, &high)| ClassEvents::<u16> { low, high, ..ClassEvents::default() })
+                .collect();
+            empty.remove(1);
             let ranges = [3..1000, 1000..1001, 1100..2999];
             let (mut fast, mut slow) = (empty.clone(), empty);
             let (mut changed, mut reference) = (vec![], vec![]);
@@ -410,9 +575,89 @@ mod tests {
                 assert_eq!(fast.population, slow.population);
             }
             let (mut a, mut b) = (words.clone(), words.clone());
-            let fast_ok = apply_events(&mut a, &ranges, keys, map, &fast[..2]);
-            let slow_ok = scan::apply_events::<u16, Portable>(&mut b, &ranges, keys, map, &slow[..2]);
+            let fast_ok = apply_events(&mut a, &ranges, keys, map, &fast);
+            let slow_ok = scan::apply_events::<u16, Portable>(&mut b, &ranges, keys, map, &slow);
             assert!(fast_ok && slow_ok && a == b);
+        }
+    }
+
+    #[test]
+    fn symbols_of_many_tables_are_decoded_as_the_reference_does() {
+        println!("seed 9");
+        let mut rng = fastrand::Rng::with_seed(9);
+        for round in 0..40 {
+            let tables: Vec<SymbolTable> = (1..=rng.usize(1..9))
+                .map(|used| {
+                    let mut frequencies = [0u16; 64];
+                    frequencies[..used].fill(1);
+                    frequencies[rng.usize(..used)] += 4096 - used as u16;
+                    SymbolTable::new(&frequencies)
+                })
+                .collect();
+            let slots: Vec<u32> = tables.iter().flat_map(|table| table.slots().as_slice()).copied().collect();
+            let classes: Vec<u8> = (0..rng.usize(..3000)).map(|_| rng.u8(..tables.len() as u8)).collect();
+            let mut encoder = rans::Encoder::default();
+            let mut symbols = Vec::new();
+            for &class in &classes {
+                let table = &tables[usize::from(class)];
+                symbols.push(table.slots()[rng.usize(..4096)] as u8);
+                encoder.push(table, symbols[symbols.len() - 1].into());
+            }
+            let mut coded = Vec::new();
+            encoder.finish(&[rans::STATE_LOW; MAX_LANES], &mut coded);
+            let mut decoder = Decoder::new(&coded, MAX_LANES).unwrap();
+            let mut back = vec![0; classes.len()];
+            for (back, classes) in back.chunks_mut(32 * (1 + round)).zip(classes.chunks(32 * (1 + round))) {
+                decode_classed(&mut decoder, &slots, classes, back).unwrap();
+            }
+            decoder.finish().unwrap();
+            assert_eq!(back, symbols);
+        }
+    }
+
+    #[test]
+    fn runs_of_symbols_start_at_any_lane() {
+        println!("seed 10");
+        let mut rng = fastrand::Rng::with_seed(10);
+        let table = SymbolTable::new(&[1, 4000, 90, 5]);
+        for lanes in [1usize, 8, 32] {
+            let symbols: Vec<u8> = (0..4000).map(|_| rng.u8(..4)).collect();
+            let mut encoder = rans::Encoder::default();
+            symbols.iter().for_each(|&symbol| encoder.push(&table, symbol.into()));
+            let mut coded = Vec::new();
+            encoder.finish(&vec![rans::STATE_LOW; lanes], &mut coded);
+            let mut decoder = Decoder::new(&coded, lanes).unwrap();
+            let mut back = vec![0; symbols.len()];
+            let mut rest = back.as_mut_slice();
+            while !rest.is_empty() {
+                let (run, others) = rest.split_at_mut(rng.usize(1..300).min(rest.len()));
+                decode_next(&mut decoder, &table, run).unwrap();
+                rest = others;
+            }
+            decoder.finish().unwrap();
+            assert_eq!(back, symbols);
+        }
+    }
+
+    #[test]
+    fn sums_planes_and_counts_equal_the_reference() {
+        println!("seed 12");
+        let mut rng = fastrand::Rng::with_seed(12);
+        for _ in 0..50 {
+            let words: Vec<u8> = (0..4 * rng.usize(..700)).map(|_| rng.u8(..)).collect();
+            let odd = &words[..words.len() - rng.usize(..4).min(words.len())];
+            assert_eq!(keyed_sum(odd), record::keyed_sum(odd));
+            for shift in [0, 8, 16, 24] {
+                let (mut fast, mut slow) = (vec![0; words.len() / 4], vec![0; words.len() / 4]);
+                split_plane::<u32>(&words, true, shift, &mut fast);
+                planes::split_plane::<u32>(&words, true, shift, &mut slow);
+                assert_eq!(fast, slow);
+            }
+            let keys = KeyMap { shift: 7, mask: 0xff };
+            let mut tables = [[[0; 256]; 8]; 2];
+            count_keys::<u16>(&words, keys, 2, &mut tables[0]);
+            scan::count_keys::<u16>(&words, keys, 2, &mut tables[1]);
+            assert_eq!(tables[0], tables[1]);
         }
     }
 }

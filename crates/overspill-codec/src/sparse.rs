@@ -24,7 +24,8 @@ use crate::scan::{BLOCK, ClassEvents, ValueMap, bits_at};
 use crate::segment::{BaseKind, PatchKind, SegmentSpec};
 use crate::simd;
 use crate::tables::{
-    Frequencies, MAX_SYMBOLS, exp_golomb_bits, get_exp_golomb, get_signed, put_exp_golomb, put_signed,
+    Frequencies, MAX_SYMBOLS, entropy_bits, exp_golomb_bits, get_exp_golomb, get_signed, put_exp_golomb,
+    put_signed,
 };
 use crate::values::{join_word, magnitude_of, sign_magnitude, split_magnitude, split_word, step_of};
 use crate::words::{OrderMap, Word};
@@ -143,7 +144,10 @@ pub(crate) fn find_clusters<W: Word>(plans: &mut [ClassPlan], chunks: &[Changes<
                 next = rank + 1;
             }
         }
-        if counts.iter().sum::<u64>() < CLUSTER_EVENTS_MIN {
+        let gaps = counts.iter().sum::<u64>();
+        // Whatever the table, the data costs its entropy.
+        let least_bits = raw_bits as f64 + gaps as f64 * entropy_bits(&counts);
+        if gaps < CLUSTER_EVENTS_MIN || least_bits + 8.0 > geometric_bits {
             continue;
         }
         let (gaps, bits) = Frequencies::fit(&counts);
@@ -321,43 +325,27 @@ fn bad(why: &'static str) -> CodecError {
 }
 
 /// What the gaps of one class (or of the rows) are before their raw bits are added.
-enum GapSymbols {
-    /// Quotients, escapes already summed up, and the width of the low bits.
-    Quotients(Vec<u32>, u32),
-    /// Symbols of a clustered class.
-    Clustered(Vec<u8>),
+struct GapSymbols {
+    symbols: Vec<u8>,
+    /// Gaps that the symbols make: an escape makes none.
+    gaps: usize,
+    /// Width of the low bits of a gap whose symbol is a quotient; `None` in a clustered class.
+    low_bits: Option<u32>,
 }
 
 impl GapSymbols {
-    fn count(&self) -> usize {
-        match self {
-            GapSymbols::Quotients(values, _) => values.len(),
-            GapSymbols::Clustered(symbols) => symbols.len(),
-        }
-    }
-
     fn quotients(decoder: &mut Decoder<'_>, symbols: u64, rate: u32) -> Result<Self, CodecError> {
-        let slots = gap::table(rate).slots();
-        let (mut values, mut sum) = (Vec::new(), 0u32);
-        for _ in 0..symbols {
-            let symbol = decoder.symbol(slots)?;
-            sum = sum.saturating_add(symbol.into());
-            if symbol != gap::ESCAPE {
-                values.push(sum);
-                sum = 0;
-            }
+        let symbols = take_symbols(decoder, symbols, gap::table(rate))?;
+        if symbols.last() == Some(&gap::ESCAPE) {
+            return Err(bad("gaps end in an escape"));
         }
-        if sum != 0 {
-            Err(bad("gaps end in an escape"))
-        } else {
-            Ok(Self::Quotients(values, gap::low_bits(rate)))
-        }
+        let gaps = symbols.iter().map(|&symbol| usize::from(symbol != gap::ESCAPE)).sum();
+        Ok(GapSymbols { symbols, gaps, low_bits: Some(gap::low_bits(rate)) })
     }
 
     fn clustered(decoder: &mut Decoder<'_>, symbols: u64, table: &SymbolTable) -> Result<Self, CodecError> {
-        let slots = table.slots();
-        let symbols = (0..symbols).map(|_| decoder.symbol(slots)).collect::<Result<_, _>>()?;
-        Ok(Self::Clustered(symbols))
+        let symbols = take_symbols(decoder, symbols, table)?;
+        Ok(GapSymbols { gaps: symbols.len(), symbols, low_bits: None })
     }
 
     /// Ranks, with the raw bits of each gap; the sign bit that follows each gap, if one does, goes to `signs`.
@@ -367,28 +355,36 @@ impl GapSymbols {
         bits: &mut BitReader<'_>,
         mut signs: Option<&mut Vec<u8>>,
     ) -> Result<Vec<u32>, CodecError> {
-        let (mut ranks, mut next) = (Vec::with_capacity(self.count()), 0u64);
-        for i in 0..self.count() {
-            let gap = match self {
-                GapSymbols::Quotients(values, k) => u64::from(values[i]) << k | bits.get(*k)?,
-                GapSymbols::Clustered(symbols) => {
-                    let (least, width) =
-                        magnitude_of::<u32>(symbols[i]).ok_or(bad("a gap beyond 32 bits"))?;
-                    least + bits.get(width)?
+        let (mut ranks, mut next, mut escaped) = (Vec::with_capacity(self.gaps), 0u64, 0u64);
+        for &symbol in &self.symbols {
+            let (least, width) = match self.low_bits {
+                Some(_) if symbol == gap::ESCAPE => {
+                    escaped += u64::from(symbol);
+                    continue;
                 }
+                Some(k) => ((std::mem::take(&mut escaped) + u64::from(symbol)) << k, k),
+                None => magnitude_of::<u32>(symbol).ok_or(bad("a gap beyond 32 bits"))?,
             };
-            let rank = next + gap;
+            let field = bits.get(width + u32::from(signs.is_some()))?;
+            let rank = next + least + (field & ((1 << width) - 1));
             if rank >= limit as u64 {
                 return Err(bad("a position beyond the chunk"));
             }
             ranks.push(rank as u32);
             next = rank + 1;
             if let Some(signs) = &mut signs {
-                signs.push(bits.get(1)? as u8);
+                signs.push((field >> width) as u8);
             }
         }
         Ok(ranks)
     }
+}
+
+/// The next symbols of one table.
+fn take_symbols(decoder: &mut Decoder<'_>, count: u64, table: &SymbolTable) -> Result<Vec<u8>, CodecError> {
+    let mut symbols = vec![0; count as usize];
+    simd::decode_next(decoder, table, &mut symbols)?;
+    Ok(symbols)
 }
 
 type Decoded<W> = (Vec<u32>, Vec<ClassEvents<W>>);
@@ -436,13 +432,10 @@ fn decode<W: Word>(
     }
     let mut symbols = Vec::with_capacity(live.len());
     for ((class, &count), gaps) in live.iter().zip(&counts).zip(&gaps) {
-        let count = gaps.as_ref().map_or(count as usize, GapSymbols::count);
+        let count = gaps.as_ref().map_or(count, |gaps| gaps.gaps as u64);
         symbols.push(match &class.values {
-            Some(table) => {
-                let slots = table.slots();
-                (0..count).map(|_| decoder.symbol(slots)).collect::<Result<Vec<u8>, _>>()?
-            }
-            None => vec![1; count],
+            Some(table) => take_symbols(&mut decoder, count, table)?,
+            None => vec![1; count as usize],
         });
     }
     let mut raw = Vec::new();
@@ -506,9 +499,14 @@ fn read_values<W: Word>(
             }
             own.ranks.push(rank as u32);
         }
-        let sign = if dense { raw.get(1)? } else { u64::from(signs.next().unwrap_or_default()) };
-        let (base, width) = magnitude_of::<W>(symbol).ok_or(bad("a magnitude beyond the word"))?;
-        own.values.push(step_of(sign, base + raw.get(width)?));
+        let (least, width) = magnitude_of::<W>(symbol).ok_or(bad("a magnitude beyond the word"))?;
+        let (sign, low) = if dense {
+            let bits = raw.get(1 + width)?;
+            (bits & 1, bits >> 1)
+        } else {
+            (u64::from(signs.next().unwrap_or_default()), raw.get(width)?)
+        };
+        own.values.push(step_of(sign, least + low));
     }
     Ok(())
 }

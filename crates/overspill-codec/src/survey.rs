@@ -5,7 +5,7 @@ use crate::gap;
 use crate::head::HeadPlan;
 use crate::plan::{self, Histogram};
 use crate::quant::Prediction;
-use crate::scan::BLOCK;
+use crate::scan::{BLOCK, KeyTables};
 use crate::segment::{BaseKind, SegmentSpec};
 use crate::values::{sign_magnitude, split_magnitude, split_word};
 use crate::words::{Word, word_at};
@@ -13,6 +13,8 @@ use crate::{planes, simd, sparse};
 
 /// Words of the smallest chunk that the encoder makes, as a power of two: the grain of its change counts.
 const GRAIN_LOG2: u32 = 15;
+/// Words that are compared, looked at and counted while the caches of a core hold both sides of them.
+const PIECE_WORDS: usize = 4096;
 /// Words of its largest chunk, as a power of two.
 const LARGEST_LOG2: u32 = 22;
 /// Payload that a chunk of mode S is sized for, in bits: large against its record and header (about 40 bytes), and
@@ -95,13 +97,14 @@ impl<W: Word> Survey<W> {
 
     /// Words that are not zero, where there is no base.
     fn count_nonzero(&mut self, new: &[u8]) {
-        let count = |new: &[u8]| {
-            new.chunks_exact(W::BYTES).map(|word| u32::from(W::load(word) != W::default())).sum()
-        };
-        self.grains = new.chunks(W::BYTES << GRAIN_LOG2).map(count).collect();
+        let grain_bytes = W::BYTES << GRAIN_LOG2;
+        let zeros = vec![0; grain_bytes.min(new.len())];
+        for new in new.chunks(grain_bytes) {
+            self.count_changed(&zeros[..new.len()], new);
+        }
     }
 
-    /// What changed, the values by key, and rows. A grain at a time, which the caches hold.
+    /// What changed, the values by key, and rows.
     fn look(&mut self, old: &[u8], new: &[u8], spec: &SegmentSpec) {
         let (keys, map) = sparse::maps(spec);
         let mut histogram = Histogram::new();
@@ -109,8 +112,9 @@ impl<W: Word> Survey<W> {
         let mut row_end = row_words - spec.first_word % row_words;
         let mut row_counted = false;
         self.changed.reserve_exact(spec.words.div_ceil(BLOCK));
-        let grain_bytes = W::BYTES << GRAIN_LOG2;
-        for (grain, (old, new)) in old.chunks(grain_bytes).zip(new.chunks(grain_bytes)).enumerate() {
+        let piece_bytes = W::BYTES * PIECE_WORDS;
+        let mut population = KeyCounts::new(keys, spec.words);
+        for (piece, (old, new)) in old.chunks(piece_bytes).zip(new.chunks(piece_bytes)).enumerate() {
             let (first_block, first_value) = (self.changed.len(), self.values.len());
             simd::change_masks::<W>(old, new, &mut self.changed);
             for (block, &hits) in self.changed[first_block..].iter().enumerate() {
@@ -128,7 +132,7 @@ impl<W: Word> Survey<W> {
                         (split_word(value, map.order.is_float).0, W::BITS - 8)
                     };
                     histogram.add(keys.key(base), symbol, raw_bits);
-                    let position = (grain << GRAIN_LOG2 | place) as u64;
+                    let position = (piece * PIECE_WORDS + place) as u64;
                     if position >= row_end {
                         row_end += (position - row_end) / row_words * row_words;
                         row_end = row_end.saturating_add(row_words);
@@ -138,9 +142,14 @@ impl<W: Word> Survey<W> {
                     row_counted = true;
                 }
             }
-            self.grains.push((self.values.len() - first_value) as u32);
+            if piece.is_multiple_of((1 << GRAIN_LOG2) / PIECE_WORDS) {
+                self.grains.push(0);
+            }
+            *self.grains.last_mut().expect("pushed with the first piece of each grain") +=
+                (self.values.len() - first_value) as u32;
+            population.add::<W>(old);
         }
-        count_keys::<W>(old, keys, &mut histogram.population);
+        histogram.population = population.finish();
         self.histogram = Some(histogram);
     }
 
@@ -237,21 +246,33 @@ fn residuals<W: Word>(prediction: &Prediction<W>, new: &[u8]) -> Histogram {
     histogram
 }
 
-/// Count keys, by sample where there are many words; sampled counts are scaled up.
-fn count_keys<W: Word>(words: &[u8], keys: KeyMap, population: &mut [u64; 256]) {
-    let count = words.len() / W::BYTES;
-    if keys.mask == 0 {
-        population[0] = count as u64;
-        return;
+/// Counts keys, by sample where there are many words; sampled counts are scaled up.
+struct KeyCounts {
+    keys: KeyMap,
+    words: u64,
+    stride: usize,
+    tables: KeyTables,
+}
+
+impl KeyCounts {
+    fn new(keys: KeyMap, words: usize) -> Self {
+        let stride = if words > SAMPLE_ABOVE_WORDS { SAMPLE_STRIDE } else { 1 };
+        KeyCounts { keys, words: words as u64, stride, tables: [[0; 256]; 8] }
     }
-    let stride = if count > SAMPLE_ABOVE_WORDS { SAMPLE_STRIDE } else { 1 };
-    let mut tables = [[0u32; 256]; 4];
-    for block in words.chunks(64 * W::BYTES).step_by(stride) {
-        for (i, word) in block.chunks_exact(W::BYTES).enumerate() {
-            tables[i % 4][usize::from(keys.key(W::load(word)))] += 1;
+
+    /// Count in the next words; all but the last call bring whole strides of blocks.
+    fn add<W: Word>(&mut self, words: &[u8]) {
+        if self.keys.mask != 0 {
+            simd::count_keys::<W>(words, self.keys, self.stride, &mut self.tables);
         }
     }
-    for (key, population) in population.iter_mut().enumerate() {
-        *population = tables.iter().map(|table| u64::from(table[key])).sum::<u64>() * stride as u64;
+
+    fn finish(self) -> [u64; 256] {
+        let Self { keys, words, stride, tables } = self;
+        if keys.mask == 0 {
+            return std::array::from_fn(|key| if key == 0 { words } else { 0 });
+        }
+        let count = |key: usize| tables.iter().map(|table| u64::from(table[key])).sum::<u64>();
+        std::array::from_fn(|key| count(key) * stride as u64)
     }
 }

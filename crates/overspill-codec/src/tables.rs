@@ -110,6 +110,13 @@ impl Frequencies {
     }
 }
 
+/// Entropy of one symbol, in bits.
+pub(crate) fn entropy_bits(counts: &[u64]) -> f64 {
+    let total = counts.iter().sum::<u64>() as f64;
+    let used = counts.iter().filter(|&&count| count > 0);
+    used.map(|&count| count as f64 / total).map(|p| -p * p.log2()).sum()
+}
+
 /// Scale counts to integers that sum to `total`, none of the used ones 0.
 fn scale(counts: &[u64], total: u32) -> Vec<u32> {
     let sum: u64 = counts.iter().sum();
