@@ -1,11 +1,11 @@
 """Whole models whose weights live packed in host memory or on disk: a layer's weights exist around its forward only.
 
 The unit is a module with large weights of its own (a linear layer, the fused experts of a block). On CUDA its packed
-bytes cross the link ahead of time, in the order of the modules, into a ring on the device; right before its forward
-they are decoded, on the stream that computes, into one buffer that all units share. So there is nothing to wait for
-but the link, and the bytes that cross it are the packed ones. What of the budget is left after ring and buffer holds
-packed units, spread over the pass, that need not cross at all. On the CPU the next unit is decoded on another thread
-while one computes, and the budget keeps decoded weights.
+bytes cross the link ahead of time, in the order of the modules, into a ring on the device, and are decoded ahead of
+time into another, several units at once. So there is nothing to wait for but the link, and the bytes that cross it
+are the packed ones. What of the budget is left after the rings holds packed units, spread over the pass, that need
+not cross at all. On the CPU the next unit is decoded on another thread while one computes, and the budget keeps
+decoded weights.
 
 A unit that is called out of order is brought at once: slower, counted in ``on_demand``, and the same bits.
 

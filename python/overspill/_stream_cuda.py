@@ -1,14 +1,23 @@
-"""Streaming on CUDA: packed bytes cross ahead of time into a ring, and are decoded on the stream that computes.
+"""Streaming on CUDA: packed bytes cross ahead of time into one ring, and are decoded ahead of time into another.
 
-Order, per unit: the copy stream waits until the units that lay in the same bytes of the ring have computed, copies,
-records; the compute stream waits for that, decodes into the buffer that all units share, computes, records. The host
-waits for nothing but a reader's thread, and nothing is allocated after the beginning. A unit that is called out of
-order is brought at once, and the ring begins anew behind it.
+One tensor does not fill a GPU with decoding, so several are decoded at once, on streams of their own, as far as the
+ring of decoded bytes goes. Order, per unit:
+
+- The copy stream waits until those that lay in the same packed bytes are decoded (raw words: have computed), copies,
+  records.
+- A decode stream waits for that copy and until those that lay in the same decoded bytes have computed, decodes,
+  records.
+- The compute stream waits for that, computes, records.
+
+The host waits for nothing but a reader's thread, and nothing is allocated after the beginning. Units have positions:
+unit i of the n-th pass is at n * (number of units) + i. A unit that is called out of order is brought at once, and
+everything begins anew behind what all streams have been given so far.
 """
 
 from __future__ import annotations
 
 import ctypes
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -16,8 +25,17 @@ import torch
 
 from . import _native, tpde
 from ._patch import ordinal
-from ._stream_units import Task, Unit, Weight, aligned, spread, too_small, views
+from ._stream_units import Ring, Task, Unit, Weight, aligned, spread, too_small, views
 from .errors import FormatError
+
+DECODED_BYTES = 512 << 20
+"""What is decoded ahead, where the budget has room for more than the largest unit."""
+DECODERS = 4
+"""Decode streams. With fewer than three or four matrices at once parts of a large GPU have nothing to decode."""
+PACKED_BYTES = 256 << 20
+"""The least that is on its way over the link, as far as there is that much: 5 ms of a PCIe 5 link."""
+
+Arrival = torch.cuda.Event | Future[torch.cuda.Event]
 
 
 def pin(weights: list[tuple[Weight, tpde.Patch | None]], device: torch.device) -> None:
@@ -39,62 +57,72 @@ def pin(weights: list[tuple[Weight, tpde.Patch | None]], device: torch.device) -
 
 
 class OnCuda:
-    """Brings packed bytes ahead into a ring, decodes on the compute stream."""
+    """Brings packed bytes ahead, decodes ahead."""
 
     def __init__(self, task: Task) -> None:
         self._units, self._counts, self._device = task.units, task.counts, task.device
         self._copies = torch.cuda.Stream(self._device)
-        # What the allocator gives may still be in use by what was enqueued before.
-        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        self._decoders = [torch.cuda.Stream(self._device) for _ in range(DECODERS)]
+        self._is_packed = any(weight.streamed for unit in self._units for weight in unit.weights)
+        self._share_out(task)
+        largest = max((unit.packed_bytes for unit in self._units), default=0)
+        self._reader = _FromDisk(largest, self._copies) if task.on_disk else None
+        count = len(self._units)
+        self._there: list[Arrival | None] = [None] * count
+        self._made: list[torch.cuda.Event | None] = [None] * count
+        self._done: list[torch.cuda.Event | None] = [None] * count
+        for unit in self._units:
+            self._place(unit)
+        # Positions: of the next unit to compute and to decode; of fetches, counted in units of the ring.
+        self._used = self._decoded = self._fetched = self._floor = 0
+        self._restart(0)
+        # Memory goes back behind all that uses it, whoever lets go of it.
+        weakref.finalize(self, torch.cuda.synchronize, self._device).atexit = False
+
+    def _share_out(self, task: Task) -> None:
+        """Divides what the budget leaves: the two rings, and packed units that stay."""
         tables = {id(w.streamed): w.streamed for unit in self._units for w in unit.weights if w.streamed}
         held = torch.cuda.memory_allocated(self._device) + sum(t.device_bytes for t in tables.values())
-        held += task.reserve_bytes
-        raw = max((unit.raw_bytes for unit in self._units if unit.weights[0].streamed), default=0)
-        packed = max((unit.packed_bytes for unit in self._units), default=0)
-        ring_bytes = min(max(3 * packed, 256 << 20), sum(unit.packed_bytes for unit in self._units))
-        room = task.budget_bytes - held - raw
-        if room < ring_bytes:
-            ring_bytes = max(2 * packed, room)
-        if room < ring_bytes:
-            raise too_small(task, held + raw + ring_bytes)
-        self._buffer = torch.empty(raw, dtype=torch.uint8, device=self._device)
-        kept = spread(self._units, room - ring_bytes, lambda unit: unit.packed_bytes)
+        room = task.budget_bytes - task.reserve_bytes - held
+        packed = [unit.packed_bytes for unit in self._units]
+        raw = [unit.raw_bytes if self._is_packed else 0 for unit in self._units]
+        largest_packed, largest_raw = max(packed, default=0), max(raw, default=0)
+        ring = min(max(3 * largest_packed, PACKED_BYTES), sum(packed))
+        decoded = min(max(largest_raw, DECODED_BYTES), sum(raw)) if self._is_packed else 0
+        decoded = max(largest_raw, min(decoded, room - ring))
+        ring = max(min(2 * largest_packed, sum(packed)), min(ring, room - decoded))
+        if room < ring + decoded:
+            raise too_small(task, task.budget_bytes - room + ring + decoded)
+        self._buffer = torch.empty(decoded, dtype=torch.uint8, device=self._device)
+        self._outs = Ring(raw, decoded)
+        kept = spread(self._units, room - ring - decoded, lambda unit: unit.packed_bytes)
         for unit in kept:
             unit.is_resident = True
             unit.payload = torch.empty(unit.packed_bytes, dtype=torch.uint8, device=self._device)
         self._kept_bytes = sum(unit.packed_bytes for unit in kept)
-        self._ring = [unit for unit in self._units if not unit.is_resident]
-        self._lay_out(torch.empty(ring_bytes if self._ring else 0, dtype=torch.uint8, device=self._device))
-        self._reader = _FromDisk(packed, self._copies) if task.on_disk else None
-        self._used = self._fetched = self._floor = 0
-        self._behind = self._record()
-        self._done: dict[int, torch.cuda.Event] = {}
-        self._there: dict[int, torch.cuda.Event | Future[torch.cuda.Event]] = {}
-        for unit in self._units:
-            self._place(unit)
-
-    def _lay_out(self, ring: torch.Tensor) -> None:
-        """Gives each unit its bytes of the ring and finds whom it has to wait for."""
-        self._ring_buffer, at = ring, 0
-        for number, unit in enumerate(self._ring):
-            at = 0 if at + unit.packed_bytes > ring.numel() else at
-            unit.start, unit.payload = number, ring[at : at + unit.packed_bytes]
-            at += unit.packed_bytes
-        count = len(self._ring)
-        for unit in self._ring:
-            before = (back for back in range(1, count + 1) if _overlap(unit, self._ring[unit.start - back]))
-            unit.back = next(before, count)
+        # Units of the ring by number, and how many of them come before each unit.
+        self._ring = [i for i, unit in enumerate(self._units) if not unit.is_resident]
+        self._before = [
+            sum(not unit.is_resident for unit in self._units[:i]) for i in range(len(self._units))
+        ]
+        self._ins = Ring([packed[i] for i in self._ring], ring if self._ring else 0)
+        self._ring_buffer = torch.empty(ring if self._ring else 0, dtype=torch.uint8, device=self._device)
+        for number, i in enumerate(self._ring):
+            start = self._ins.starts[number]
+            self._units[i].payload = self._ring_buffer[start : start + packed[i]]
+        for i, unit in enumerate(self._units):
+            unit.start = i
 
     def _place(self, unit: Unit) -> None:
         """Plans its decoding and tries it: kernels must decode all of it."""
         assert unit.payload is not None
-        if unit.weights[0].streamed is None:
+        if not self._is_packed:
             unit.live = views(unit.payload, unit.weights)
             if unit.is_resident:
-                self._arrived(self._send(unit, None)).synchronize()
+                _arrived(self._send(unit, [])).synchronize()
             return
-        unit.live = views(self._buffer, unit.weights)
-        at = 0
+        start, at = self._outs.starts[unit.start], 0
+        unit.live = views(self._buffer[start : start + unit.raw_bytes], unit.weights)
         for weight in unit.weights:
             out = unit.live[weight.attribute].data
             base = getattr(weight.base, "blocks", weight.base)
@@ -107,77 +135,112 @@ class OnCuda:
             if weight.placed is None:
                 raise _undecodable(weight)
             at += aligned(weight.packed_bytes)
-        self._arrived(self._send(unit, None)).synchronize()
-        self._decode(unit)
+        compute = torch.cuda.current_stream(self._device)
+        _arrived(self._send(unit, [_record(compute)])).synchronize()
         for weight in unit.weights:
             assert weight.placed is not None
-            if weight.placed.left(torch.cuda.current_stream(self._device).cuda_stream):
+            weight.placed.enqueue(compute.cuda_stream)
+            if weight.placed.left(compute.cuda_stream):
                 raise _undecodable(weight)
 
-    def _record(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def _send(
-        self, unit: Unit, behind: torch.cuda.Event | None
-    ) -> torch.cuda.Event | Future[torch.cuda.Event]:
-        """Enqueues the copy of its packed bytes behind an event; what passes when they are there."""
+    def _send(self, unit: Unit, behind: list[torch.cuda.Event]) -> Arrival:
+        """Enqueues the copy of its packed bytes behind events; what passes when they are there."""
         self._counts["link_bytes"] += unit.packed_bytes
         if self._reader is not None:
             return self._reader.send(unit, behind)
         return _copy(unit, [weight.host for weight in unit.weights], self._copies, behind)
 
-    @staticmethod
-    def _arrived(there: torch.cuda.Event | Future[torch.cuda.Event]) -> torch.cuda.Event:
-        return there.result() if isinstance(there, Future) else there
+    def _fetch_one(self) -> bool:
+        """Enqueues the next fetch, if nobody ahead of it still needs its bytes of the ring."""
+        if not self._ring:
+            return False
+        count = len(self._ring)
+        i = self._ring[self._fetched % count]
+        behind: list[torch.cuda.Event] = []
+        for back in self._ins.backs[self._fetched % count]:
+            turn, number = divmod(self._fetched - back, count)
+            position = turn * len(self._units) + self._ring[number]
+            if position >= (self._decoded if self._is_packed else self._used):
+                return False
+            # Decoders are not in order among themselves, so all of them that read there are waited for.
+            released = (self._made if self._is_packed else self._done)[self._ring[number]]
+            if position < self._floor or released is None:
+                behind += self._behind
+                break
+            behind.append(released)
+        self._there[i] = self._send(self._units[i], behind)
+        self._fetched += 1
+        return True
 
-    def _decode(self, unit: Unit) -> None:
-        stream = torch.cuda.current_stream(self._device).cuda_stream
+    def _decode_one(self, needed: int) -> bool:
+        """Enqueues the next decoding, if its bytes are on their way and nobody still needs those it is made in."""
+        if not self._units:
+            return False
+        turn, i = divmod(self._decoded, len(self._units))
+        unit, there = self._units[i], self._there[i]
+        before = self._decoded - self._outs.backs[i][0]  # the last to compute there
+        if before >= self._used:
+            return False
+        if not unit.is_resident:
+            if turn * len(self._ring) + self._before[i] >= self._fetched:
+                return False
+            if isinstance(there, Future) and not there.done() and self._decoded != needed:
+                return False
+        stream = self._decoders[self._decoded % DECODERS]
+        if not unit.is_resident:
+            assert there is not None
+            stream.wait_event(_arrived(there))
+        done = self._done[before % len(self._units)]
+        for event in [done] if before >= self._floor and done is not None else self._behind:
+            stream.wait_event(event)
         for weight in unit.weights:
             if weight.placed is not None:
-                weight.placed.enqueue(stream)
+                weight.placed.enqueue(stream.cuda_stream)
+        self._made[i] = _record(stream)
+        self._decoded += 1
+        return True
 
-    def _fetch_ahead(self) -> None:
-        """Enqueues every fetch whose bytes of the ring nobody ahead of it still needs."""
-        count = len(self._ring)
-        while self._fetched - self._used < count:
-            unit = self._ring[self._fetched % count]
-            before = self._fetched - unit.back
-            if before >= self._used:
-                return
-            event = self._behind if before < self._floor else self._done[before]
-            self._there[self._fetched] = self._send(unit, event)
-            self._fetched += 1
+    def _advance(self, needed: int = -1) -> None:
+        """Enqueues whatever has a place to go to; waits for a reader only for the unit at position ``needed``."""
+        while self._fetch_one() | self._decode_one(needed):
+            pass
+
+    def _restart(self, i: int) -> None:
+        """Begins anew at unit ``i``, behind all that any stream has been given."""
+        compute = torch.cuda.current_stream(self._device)
+        self._behind = [_record(stream) for stream in (compute, *self._decoders)]
+        turns = self._decoded // max(len(self._units), 1) + 2
+        self._used = self._decoded = self._floor = turns * len(self._units) + i
+        self._fetched = turns * len(self._ring) + (self._before[i] if self._units else 0)
+        self._advance()
 
     def bring(self, unit: Unit) -> dict[str, torch.nn.Parameter]:
-        if not unit.is_resident:
-            count = len(self._ring)
-            number = self._used + (unit.start - self._used) % count
-            if number >= self._fetched:
-                # Not on its way: begin anew at this unit, behind all that computes.
-                self._counts["on_demand"] += 1
-                number = self._fetched + (unit.start - self._fetched) % count
-                self._behind, self._floor = self._record(), number
-                self._fetched = number
-                self._done.clear()
-                self._there.clear()
-            elif number > self._used:
-                self._behind, self._floor = self._record(), number
-            self._used = number
-            self._fetch_ahead()
-            there = self._arrived(self._there.pop(number))
-            torch.cuda.current_stream(self._device).wait_event(there)
-        self._decode(unit)
+        count = len(self._units)
+        position = self._used + (unit.start - self._used) % count
+        if position > self._used and position >= self._decoded:
+            self._counts["on_demand"] += 1
+            self._restart(unit.start)
+            position = self._used
+        while self._used < position:  # left out by the model
+            self._await_decoding()
+            self._finish()
+        self._advance(position)
+        self._await_decoding()
         return unit.live
 
-    def used(self, unit: Unit) -> None:
-        if unit.is_resident:
-            return
-        self._done[self._used] = self._record()
-        self._done.pop(self._used - len(self._ring), None)
+    def _await_decoding(self) -> None:
+        made = self._made[self._used % len(self._units)]
+        assert self._decoded > self._used and made is not None
+        torch.cuda.current_stream(self._device).wait_event(made)
+
+    def _finish(self) -> None:
+        self._done[self._used % len(self._units)] = _record(torch.cuda.current_stream(self._device))
         self._used += 1
-        self._fetch_ahead()
+
+    def used(self, unit: Unit) -> None:
+        if self._used % len(self._units) == unit.start:
+            self._finish()
+            self._advance()
 
     def report(self) -> dict[str, int]:
         return {
@@ -192,14 +255,24 @@ class OnCuda:
         torch.cuda.synchronize(self._device)
 
 
+def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event
+
+
+def _arrived(there: Arrival) -> torch.cuda.Event:
+    return there.result() if isinstance(there, Future) else there
+
+
 def _copy(
-    unit: Unit, sources: list[Any], stream: torch.cuda.Stream, behind: torch.cuda.Event | None
+    unit: Unit, sources: list[Any], stream: torch.cuda.Stream, behind: list[torch.cuda.Event]
 ) -> torch.cuda.Event:
     """Enqueues copies to where a unit's payloads belong on the device."""
     assert unit.payload is not None
     there, at = torch.cuda.Event(), 0
-    if behind is not None:
-        stream.wait_event(behind)
+    for event in behind:
+        stream.wait_event(event)
     with torch.cuda.stream(stream):
         for weight, source in zip(unit.weights, sources, strict=True):
             unit.payload[at : at + weight.packed_bytes].copy_(source, non_blocking=True)
@@ -218,11 +291,11 @@ class _FromDisk:
         self._next = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="overspill-stream")
 
-    def send(self, unit: Unit, behind: torch.cuda.Event | None) -> Future[torch.cuda.Event]:
+    def send(self, unit: Unit, behind: list[torch.cuda.Event]) -> Future[torch.cuda.Event]:
         """As ``_copy``; the event is recorded when the future is done."""
         return self._pool.submit(self._run, unit, behind)
 
-    def _run(self, unit: Unit, behind: torch.cuda.Event | None) -> torch.cuda.Event:
+    def _run(self, unit: Unit, behind: list[torch.cuda.Event]) -> torch.cuda.Event:
         number, self._next = self._next, 1 - self._next
         last, at, sources = self._read[number], 0, []
         if last is not None:
@@ -243,9 +316,3 @@ class _FromDisk:
 
 def _undecodable(weight: Weight) -> FormatError:
     return FormatError(f"{weight.key!r} is packed in a way that kernels do not decode", tensor=weight.key)
-
-
-def _overlap(one: Unit, other: Unit) -> bool:
-    assert one.payload is not None and other.payload is not None
-    a, b = one.payload.data_ptr(), other.payload.data_ptr()
-    return a < b + other.packed_bytes and b < a + one.packed_bytes

@@ -56,8 +56,7 @@ class Unit:
     """Where its packed bytes are on the device: of its own, or its part of the ring."""
     is_resident: bool = False
     start: int = 0
-    back: int = 0
-    """How many units earlier in the ring the last one lay that shares bytes with this one."""
+    """Its number among those that take turns."""
 
     @property
     def raw_bytes(self) -> int:
@@ -69,6 +68,32 @@ class Unit:
 
     def fill(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         self.module._parameters.update(parameters)
+
+
+class Ring:
+    """Where things of given sizes lie in a buffer that is too small for all of them, one after the other, turn by turn.
+
+    ``starts`` are their offsets; ``backs`` how many things earlier those lay that share bytes with it,
+    the last of them first.
+    """
+
+    def __init__(self, sizes: list[int], room_bytes: int) -> None:
+        self.starts: list[int] = []
+        at = 0
+        for size in sizes:
+            at = 0 if at + size > room_bytes else at
+            self.starts.append(at)
+            at += size
+        ends = [start + size for start, size in zip(self.starts, sizes, strict=True)]
+        count = len(sizes)
+
+        def shares(i: int, other: int) -> bool:
+            return self.starts[i] < ends[other] and self.starts[other] < ends[i]
+
+        # With itself in the last turn, at least.
+        self.backs = [
+            [*(n for n in range(1, count) if shares(i, (i - n) % count)), count] for i in range(count)
+        ]
 
 
 def views(buffer: torch.Tensor, weights: list[Weight]) -> dict[str, torch.nn.Parameter]:
@@ -88,7 +113,7 @@ def units_of(model: torch.nn.Module) -> list[Unit]:
         for parameter in module._parameters.values():
             if parameter is not None:
                 holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    units = []
+    found: dict[str, Unit] = {}
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding):
             continue
@@ -98,8 +123,15 @@ def units_of(model: torch.nn.Module) -> list[Unit]:
             if p is not None and p.nbytes >= LEAST_BYTES and holders[id(p)] == 1
         ]
         if weights:
-            units.append(Unit(module, weights))
-    return units
+            found[path] = Unit(module, weights)
+    # A module whose forward calls another unit's would hold two at once: its own weights stay on the device.
+    outer = {
+        path
+        for path in found
+        for other in found
+        if other != path and other.startswith(f"{path}." if path else "")
+    }
+    return [unit for path, unit in found.items() if path not in outer]
 
 
 def spread(units: list[Unit], room_bytes: int, size_of: Any) -> list[Unit]:

@@ -155,3 +155,25 @@ def test_an_exception_in_a_layer_leaves_no_weight_behind() -> None:
         model(torch.randn(2, 7))
     assert model[0].weight.device.type == "meta"
     assert model(torch.randn(2, 160)).shape == (2, 160)
+
+
+class Gate(torch.nn.Module):
+    """A module with a large weight of its own that calls another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(160, 160))
+        self.inner = torch.nn.Linear(160, 160)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.inner(x) @ self.weight
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_module_that_calls_another_unit_keeps_its_own_weight(device: str) -> None:
+    plain = torch.nn.Sequential(Gate(), Gate()).requires_grad_(False)
+    streamed = copy.deepcopy(plain)
+    tpde.stream(streamed, budget(device, 1_000_000), device=device, reserve=30_000)
+    x = torch.randn(4, 160).to(device)
+    assert streamed[0].inner.weight.device.type == "meta"
+    assert torch.equal(streamed(x), plain.to(device)(x))
