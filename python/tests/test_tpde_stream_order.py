@@ -68,17 +68,20 @@ class Event:
 
 
 class World:
-    """All streams, and who runs next."""
+    """All streams, and who runs next; one kind of them is slow."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.streams: list[Stream] = []
         self.deaf: set[str] = set()
+        self.slow = self.random.choice(["compute", "copies", "decoder"])
         self.compute = Stream(self, "compute")
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
             order = self.random.sample(self.streams, len(self.streams))
+            if self.random.random() < 0.9:
+                order.sort(key=lambda stream: stream.name.startswith(self.slow))
             if not any(stream.try_one() for stream in order):
                 assert all(not stream.queue for stream in self.streams), "streams wait for each other"
                 return
@@ -159,7 +162,7 @@ def units(world: World, packed: bool) -> tuple[list[Unit], list[torch.Tensor]]:
     return made, whole
 
 
-def wrong_reads(seed: int, packed: bool, budget_bytes: int, deaf: str = "", in_order: bool = False) -> int:
+def wrong_reads(seed: int, packed: bool, budget_bytes: int, deaf: str = "", jumps: float = 0.0) -> int:
     """How many layers computed with something else than their weights."""
     world = World(seed)
     with cuda(world):
@@ -174,10 +177,9 @@ def wrong_reads(seed: int, packed: bool, budget_bytes: int, deaf: str = "", in_o
                 lambda live=live, at=at: wrong.append(not torch.equal(live.data, whole[at])) or True
             )
             way.used(made[at])
-            world.run(world.random.choice([0, 0, 3, 20]))
-            at = (
-                (at + 1) % len(made) if in_order or world.random.random() < 0.9 else world.random.randrange(7)
-            )
+            world.run(world.random.choice([0, 0, 1, 5]))
+            jump = world.random.random() < jumps
+            at = world.random.randrange(len(made)) if jump else (at + 1) % len(made)
         world.drain()
         way.close()
     assert len(wrong) == 80
@@ -187,18 +189,18 @@ def wrong_reads(seed: int, packed: bool, budget_bytes: int, deaf: str = "", in_o
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("budget_bytes", [500_000, 900_000, 1_300_000])
 def test_every_layer_reads_its_own_weight(packed: bool, budget_bytes: int) -> None:
-    for seed in range(25):
-        assert wrong_reads(seed, packed, budget_bytes) == 0, f"seed {seed}"
+    for seed in range(50):
+        assert wrong_reads(seed, packed, budget_bytes, jumps=seed % 3 / 4) == 0, f"seed {seed}"
 
 
 @pytest.mark.parametrize("deaf", ["copies", "decoder", "compute"])
 def test_every_wait_is_needed(deaf: str) -> None:
-    assert sum(wrong_reads(seed, True, 500_000, deaf, in_order=True) for seed in range(25)) > 0
+    assert sum(wrong_reads(seed, True, 500_000, deaf) for seed in range(25)) > 0
 
 
 def test_raw_words_wait_for_their_copy_and_copies_for_who_computes() -> None:
     for deaf in ("copies", "compute"):
-        assert sum(wrong_reads(seed, False, 500_000, deaf, in_order=True) for seed in range(25)) > 0
+        assert sum(wrong_reads(seed, False, 500_000, deaf) for seed in range(25)) > 0
 
 
 def test_a_ring_knows_who_lay_there_before() -> None:
