@@ -73,8 +73,8 @@ class Unit:
 class Ring:
     """Where things of given sizes lie in a buffer that is too small for all of them, one after the other, turn by turn.
 
-    ``starts`` are their offsets; ``backs`` how many things earlier those lay that share bytes with it,
-    the last of them first.
+    ``starts`` are their offsets; ``backs`` how many things earlier those lay that share bytes with it, the last of
+    them first. Who lay where only one of these did is left out: that one has waited for it.
     """
 
     def __init__(self, sizes: list[int], room_bytes: int) -> None:
@@ -84,16 +84,24 @@ class Ring:
             at = 0 if at + size > room_bytes else at
             self.starts.append(at)
             at += size
-        ends = [start + size for start, size in zip(self.starts, sizes, strict=True)]
-        count = len(sizes)
+        self._ends = [start + size for start, size in zip(self.starts, sizes, strict=True)]
+        self.backs = [self._backs(i) for i in range(len(sizes))]
 
-        def shares(i: int, other: int) -> bool:
-            return self.starts[i] < ends[other] and self.starts[other] < ends[i]
-
-        # With itself in the last turn, at least.
-        self.backs = [
-            [*(n for n in range(1, count) if shares(i, (i - n) % count)), count] for i in range(count)
-        ]
+    def _backs(self, i: int) -> list[int]:
+        count, found = len(self.starts), []
+        open_spans = [(self.starts[i], self._ends[i])] if self.starts[i] < self._ends[i] else []
+        for back in range(1, count):
+            if not open_spans:
+                break
+            start, end = self.starts[(i - back) % count], self._ends[(i - back) % count]
+            left = []
+            for low, high in open_spans:
+                left += [(low, min(high, start)), (max(low, end), high)]
+            left = [span for span in left if span[0] < span[1]]
+            if left != open_spans:
+                found.append(back)
+                open_spans = left
+        return found if found and not open_spans else [*found, count]  # at least itself in the last turn
 
 
 def views(buffer: torch.Tensor, weights: list[Weight]) -> dict[str, torch.nn.Parameter]:

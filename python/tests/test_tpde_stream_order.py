@@ -206,6 +206,8 @@ def test_raw_words_wait_for_their_copy_and_copies_for_who_computes() -> None:
 def test_a_ring_knows_who_lay_there_before() -> None:
     ring = Ring([4, 4, 6, 2], 10)
     assert ring.starts == [0, 4, 0, 6]
-    assert ring.backs == [[2, 4], [2, 3, 4], [1, 2, 4], [2, 4]]
+    assert ring.backs == [[2], [2, 3], [1, 2], [2]]
     assert Ring([1, 1], 2).backs == [[2], [2]]
+    assert Ring([1] * 60, 4).backs == [[4]] * 60
+    assert Ring([0, 0], 0).backs == [[2], [2]]
     assert Ring([], 0).backs == []
