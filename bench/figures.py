@@ -174,6 +174,7 @@ DRAWN = {
     "series/storm_24gb_full_nvml": nvml,
     "series/storm_24gb_lora_nvml": nvml,
     "series/storm_timeline": storm_timeline,
+    "series/tpde_80gb_nvml": nvml,
     "djinn_scheduler": djinn_scheduler,
 }
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ from stream_setup import (
 )
 from transformers import LlamaForCausalLM
 
-from common import median, row, update_results
+from common import median, row, update_results, write_series
 
 PROMPT_TOKENS, STEPS = 32, 6
 HIDDEN_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40}
@@ -240,21 +240,27 @@ def part_link(shape: dict[str, int], link: float, rates: tuple[float, ...] = (6e
 
 
 class Watch:
-    """The driver's count of used memory, ten times a second, in a file."""
+    """The driver's count of used memory, ten times a second."""
 
-    QUERY = ("nvidia-smi", "--query-gpu=timestamp,memory.used,pcie.link.gen.current", "--format=csv,noheader")
+    QUERY = (
+        "nvidia-smi",
+        "--query-gpu=memory.used,memory.total",
+        "--format=csv,noheader,nounits",
+        "-lms",
+        "100",
+    )
 
-    def __init__(self, log: Path) -> None:
-        self.log = log
-        self._process = subprocess.Popen([*self.QUERY, "-lms", "100", "-f", str(log)])
+    def __init__(self) -> None:
+        self._lines = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(self.QUERY, stdout=self._lines)
 
-    def peak_bytes(self) -> int:
-        """Ends it; the most that it saw."""
+    def used_bytes(self) -> list[int]:
+        """Ends it; all that it saw."""
         time.sleep(0.3)
         self._process.terminate()
         self._process.wait()
-        lines = [line.split(",") for line in self.log.read_text().splitlines() if line.count(",") == 2]
-        return max(int(used.split()[0]) for _, used, _ in lines) << 20
+        self._lines.seek(0)
+        return [int(line.split(",")[0]) << 20 for line in self._lines if line.count(",") == 1]
 
 
 def part_80gb(shape: dict[str, int], link: float, budget_bytes: int) -> None:
@@ -262,9 +268,7 @@ def part_80gb(shape: dict[str, int], link: float, budget_bytes: int) -> None:
     weights = draw(model)
     say("drawn")
     torch.cuda.empty_cache()
-    watch = (
-        Watch(update_results("tpde_stream", []).parent / "tpde_stream_nvml.csv") if DEVICE == "cuda" else None
-    )
+    watch = Watch() if DEVICE == "cuda" else None
     try:
         base = quantized(weights, own_blocks=True)
         say("quantized")
@@ -280,16 +284,23 @@ def part_80gb(shape: dict[str, int], link: float, budget_bytes: int) -> None:
             report = handle.report()
         say("seconds a token", times, report, checked)
     finally:
-        used = watch.peak_bytes() if watch else 0
+        used = watch.used_bytes() if watch else [0]
     total = sum(tensor.nbytes for tensor in weights.values()) / 1e9
     note = (
         f"{shape['num_hidden_layers']} layers of h = {shape['hidden_size']} in fp32, {total:.1f} GB of weights, {DRAWN}; each "
         f"layer has Q4_0 blocks of its own on the device ({sum(b.blocks.nbytes for b in base.values()) / 1e9:.1f} GB), the "
         f"residuals, {report['packed_bytes'] / 1e9:.1f} GB if every layer had its own, cross; the driver's count every "
-        f"100 ms in tpde_stream_nvml.csv, context included; torch held {peak_bytes() / 1e9:.2f} GB at most; "
+        f"100 ms in series/tpde_80gb_nvml.json, context included; torch held {peak_bytes() / 1e9:.2f} GB at most; "
         f"{median(times):.2f} s a token; two weights compared bit for bit: {all(checked) and len(checked) == 2}"
     )
-    add("tpde_stream.fp32_80gb_nvml_peak", used / 1e9, "GB", limit=f"link {link:.1f} GB/s", note=note)
+    series = {
+        "seconds": [i / 10 for i in range(len(used))],
+        "used_bytes": used,
+        "title": f"TPDE: {total:.0f} GB of fp32 weights under 16 GB, {median(times):.2f} s a token",
+        "marks": [[16 * 10**9, "16 GB"]],
+    }
+    write_series("tpde_80gb_nvml", series)
+    add("tpde_stream.fp32_80gb_nvml_peak", max(used) / 1e9, "GB", limit=f"link {link:.1f} GB/s", note=note)
 
 
 def main() -> None:
