@@ -46,6 +46,17 @@ CHECKPOINTS: dict[str, Callable[[], Any]] = {
 
 
 @dataclass
+class Attempt:
+    """One way to stay within a budget, and what came of it."""
+
+    storm: Storm | None
+    how: str
+    ms: float
+    peak: int
+    report: dict[str, Any]
+
+
+@dataclass
 class Bench:
     """One part as it is measured."""
 
@@ -91,18 +102,22 @@ class Bench:
         print(f"{text}  peak {held / GB:6.2f} GB = {held / self.saved:5.3f} of saved {note}", flush=True)
 
     def storm(self, goal: str, budget: int, peer: str | None) -> Iterator[Rows]:
-        """One budget, with what can be asked of a plan in force."""
-        options = {"compress": goal in self.options.compress}
-        storm = Storm(self.model, vram_budget=budget, host_budget=self.options.host_budget, **options)
-        ms, peak = step_times(self.model, self.x, storm, WARM_STEPS, self.options.steps)
-        storm.close()
-        report = storm.report()
-        over = peak - budget
-        self.say(f"storm:{goal}", ms, peak, f"over budget {max(over, 0)}")
-        print(f"    {report['predicted']} {report['units']}", flush=True)
-        remark = f"; {over} bytes over the budget" if over > 0 else ""
-        remark += "; with compress=True" if options["compress"] else ""
-        self.overhead(goal, ms, peak, report, remark)
+        """One budget, with what can be asked of a plan in force; where that is asked for also with the link codec, and
+        then the faster of the two counts.
+        """
+        best = self.attempt(goal, budget, compress=False)
+        self.overhead(goal, best, budget)
+        if goal in self.options.compress:
+            yield self.rows
+            best.storm = None  # its host memory is the next one's
+            try:
+                both = best, self.attempt(goal, budget, compress=True)
+            except Exception:
+                traceback.print_exc()  # the first is still worth having
+            else:
+                best, other = sorted(both, key=lambda one: (one.peak > budget, one.ms))
+                self.overhead(goal, best, budget, f"; with {best.how}, {other.ms:.1f} ms with {other.how}")
+        storm, ms, peak, report, over = best.storm, best.ms, best.peak, best.report, best.peak - budget
         if peer is not None and over <= 0:
             speedup = self.peer_ms[peer] / ms
             self.rows.append(
@@ -116,21 +131,37 @@ class Bench:
                     f"{(self.peaks[peer] - self.fixed) / GB:.2f}",
                 )
             )
-        if goal == "h4096_2x":
+        if goal == "h4096_2x" and storm is not None:
             yield self.rows
             yield from self.evidence(storm, ms, peak, report)
         folder = os.environ.get("OUT")
-        if folder and goal in self.options.dump:
+        if folder and goal in self.options.dump and storm is not None:
             document = {"record": json.loads(storm._planner.record_json() or "null"), "fixed": self.fixed}
             document |= {"budget": budget, "keep_ms": self.keep_ms, "ms": ms, "saved": self.saved}
             (Path(folder) / f"record_{goal}.json").write_text(json.dumps(document))
-        del storm
+        best.storm = storm = None
         gc.collect()
         torch.cuda.empty_cache()
 
-    def overhead(self, goal: str, ms: float, peak: int, report: dict[str, Any], remark: str) -> None:
-        """The goal's row."""
-        predicted, part, held = report["predicted"], self.part, peak - self.fixed
+    def attempt(self, goal: str, budget: int, *, compress: bool) -> Attempt:
+        """Steps under one budget, with or without the link codec."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        storm = Storm(self.model, vram_budget=budget, host_budget=self.options.host_budget, compress=compress)
+        ms, peak = step_times(self.model, self.x, storm, WARM_STEPS, self.options.steps)
+        storm.close()
+        made = Attempt(storm, f"compress={compress}", ms, peak, storm.report())
+        self.say(f"storm:{goal}", ms, peak, f"over budget {max(peak - budget, 0)}; {made.how}")
+        print(f"    {made.report['predicted']} {made.report['units']}", flush=True)
+        return made
+
+    def overhead(self, goal: str, best: Attempt, budget: int, remark: str = "") -> None:
+        """The goal's row, in the place of an earlier one."""
+        ms, peak, predicted, part = best.ms, best.peak, best.report["predicted"], self.part
+        held = peak - self.fixed
+        if peak > budget:
+            remark = f"; {peak - budget} bytes over the budget{remark}"
+        self.rows = [one for one in self.rows if one["id"] != f"storm.overhead_pct.{goal}"]
         own_ms = (predicted["stall_us"] + predicted["rebuild_us"] + predicted["codec_us"]) / 1e3
         bound = own_ms / (predicted["step_us"] / 1e3 - own_ms) * 100
         self.rows.append(
@@ -302,7 +333,9 @@ def main() -> None:
     parser.add_argument("--host-budget", default="64GiB")
     parser.add_argument("--capacity-sequences", type=int, default=16)
     parser.add_argument("--capacity-host-budget", default="80GiB")
-    parser.add_argument("--compress", nargs="*", default=[], help="goals that may use the link codec")
+    parser.add_argument(
+        "--compress", nargs="*", default=[], help="goals that are run with the link codec too"
+    )
     parser.add_argument("--dump", nargs="*", default=[], help="goals whose record is left in $OUT")
     parser.add_argument(
         "--continue", dest="adds", action="store_true", help="add to what an earlier call wrote"

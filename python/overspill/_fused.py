@@ -53,19 +53,16 @@ def _norm(weight: Saved, normal: Saved, form: tuple[Any, ...]) -> Fused | None:
     shape = form[1]
     rows = (*shape[:-1], 1)
     for wide, scale in (normal_recipe.inputs, normal_recipe.inputs[::-1]):
-        first = None if wide.unit is None else wide.unit.recipe
-        if first is None or first.narrow is not _BF16 or not first.inputs:
+        forms = {normal: form, wide: (torch.float32, *form[1:]), weight: _plain(_BF16, shape[-1:])}
+        forms[scale] = _plain(torch.float32, rows)
+        if shape[-1] % _MULTIPLE or wide.unit is None or not _have(forms, form):
             continue
-        narrow = first.inputs[0]
-        forms = {
-            narrow: form,
-            normal: form,
-            wide: (torch.float32, *form[1:]),
-            weight: _plain(_BF16, shape[-1:]),
-        }
-        if shape[-1] % _MULTIPLE == 0 and _have({**forms, scale: _plain(torch.float32, rows)}, form):
-            assert wide.unit is not None and normal.unit is not None
-            return Fused("norm", (narrow, scale, weight), (wide.unit, normal.unit))
+        assert normal.unit is not None
+        first = wide.unit.recipe
+        if first is None:
+            return Fused("norm_of_wide", (wide, scale, weight), (normal.unit,))
+        if first.narrow is _BF16 and first.inputs and _have({first.inputs[0]: form}, form):
+            return Fused("norm", (first.inputs[0], scale, weight), (wide.unit, normal.unit))
     return None
 
 
@@ -113,16 +110,19 @@ class Kernels:
 
     def run(self, fused: Fused, parts: list[torch.Tensor], stream: int) -> list[torch.Tensor]:
         """The others of ``fused`` in their order, and the tensor itself."""
-        return self._norm(parts, stream) if fused.kernel == "norm" else self._gate(parts, stream)
+        if fused.kernel == "gate":
+            return self._gate(parts, stream)
+        made = self._norm(parts, stream, fused.kernel == "norm_of_wide")
+        return made[3 - len(fused.others) - 1 :]
 
-    def _norm(self, parts: list[torch.Tensor], stream: int) -> list[torch.Tensor]:
-        narrow, scale, weight = parts
-        columns = narrow.shape[-1]
-        wide = torch.empty(narrow.shape, dtype=torch.float32, device=narrow.device)
-        normal, weighted = torch.empty_like(narrow), torch.empty_like(narrow)
+    def _norm(self, parts: list[torch.Tensor], stream: int, is_wide: bool) -> list[torch.Tensor]:
+        given, scale, weight = parts
+        columns = given.shape[-1]
+        wide = given if is_wide else torch.empty(given.shape, dtype=torch.float32, device=given.device)
+        normal, weighted = (torch.empty(given.shape, dtype=_BF16, device=given.device) for _ in range(2))
         self._again.norm(
-            narrow.numel() // columns, columns, narrow.data_ptr(), scale.data_ptr(), weight.data_ptr(),
-            wide.data_ptr(), normal.data_ptr(), weighted.data_ptr(), stream,
+            given.numel() // columns, columns, 0 if is_wide else given.data_ptr(), scale.data_ptr(),
+            weight.data_ptr(), wide.data_ptr(), normal.data_ptr(), weighted.data_ptr(), stream,
         )  # fmt: skip
         return [wide, normal, weighted]
 

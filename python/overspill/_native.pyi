@@ -14,6 +14,7 @@ __all__ = [
     "Engine",
     "HostMemory",
     "LinkCodec",
+    "Mark",
     "Onboarding",
     "Planner",
     "Slot",
@@ -73,7 +74,7 @@ class Again:
         """
         Of `rows` rows of `columns`, a multiple of 8, in bf16 at `narrow`, the 32-bit `scale` of each and a bf16
         `weight` of each column: `wide` in 32 bit, and `normal` and `weighted` in bf16, behind what `stream` has been
-        given. Addresses are multiples of 16.
+        given. A `narrow` of 0 says that `wide` is there. Addresses are multiples of 16.
         """
 
 @final
@@ -258,13 +259,17 @@ class Engine:
         """
         Blocks until nothing is under way.
         """
+    def mark(self, /, stream: SupportsIndex) -> Mark:
+        """
+        The end of what `stream` has been given so far.
+        """
     def offload(
-        self, /, address: SupportsIndex, bytes: SupportsIndex, owner: Any, stream: SupportsIndex | None
+        self, /, address: SupportsIndex, bytes: SupportsIndex, owner: Any, stream: SupportsIndex | Mark | None
     ) -> Slot:
         """
-        Copies `bytes` at `address` away, behind what `stream` has been given so far, or, with None, at once: then
-        whatever wrote them must have passed. `owner` keeps the memory alive and is let go when the copy has passed or
-        after `release_source`.
+        Copies `bytes` at `address` away, behind what `stream` has been given so far, or behind a mark. With None at
+        once: then whatever wrote them must have passed. `owner` keeps the memory alive and is let go when the copy has
+        passed or after `release_source`.
         """
     def onboard(
         self,
@@ -360,6 +365,12 @@ class LinkCodec:
         in 16 bytes to the 32-bit `counter`, behind what `stream` has been given; what the counter says then goes to
         `length` in (page-locked) host memory. `is_half`: fp16, not bf16.
         """
+
+@final
+class Mark:
+    """
+    A point of a stream.
+    """
 
 @final
 class Onboarding:

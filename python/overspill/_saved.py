@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 if TYPE_CHECKING:
     from ._link import Code
-    from ._native import Onboarding, Slot
+    from ._native import Mark, Onboarding, Slot
     from ._recipes import Recipe
     from .storm import Storm
 
@@ -32,7 +32,7 @@ class Unit:
 
     __slots__ = (
         "__weakref__", "_counter", "_probe", "buffer", "buffer_ref", "code", "id", "is_kept", "is_leaving",
-        "nbytes", "onboarding", "pending", "recipe", "round", "saves", "slot", "source", "start", "storage_ref", "storm", "stream", "version",
+        "mark", "nbytes", "onboarding", "pending", "recipe", "round", "saves", "slot", "source", "start", "storage_ref", "storm", "stream", "version",
     )  # fmt: skip
 
     def __init__(
@@ -59,6 +59,8 @@ class Unit:
         self.recipe: Recipe | None = None
         self.code: Code | None = None
         self.slot: Slot | None = None
+        # Where compute was when the source was written, while it waits behind a code for its turn to leave.
+        self.mark: Mark | None = None
         self.source: torch.UntypedStorage | None = None
         self.buffer: torch.UntypedStorage | None = None
         self.buffer_ref: StorageWeakRef | None = None

@@ -47,7 +47,9 @@ class Transfers:
         self._leaving_limit = leaving_limit_bytes
         self.leaving: deque[weakref.ref[Unit]] = deque()
         self._leaving_bytes = 0
-        self._encoded: deque[weakref.ref[Unit]] = deque()
+        # In the order of compute: codes whose length is not known, and what was packed behind them.
+        self._waiting: deque[tuple[weakref.ref[Unit], bool]] = deque()
+        self._codes = 0
         # While a recipe is proved: the units that were brought back for it.
         self._borrowed: list[Unit] | None = None
         self._warned = False
@@ -56,9 +58,14 @@ class Transfers:
 
     def offload(self, unit: Unit, storage: torch.UntypedStorage) -> None:
         """Starts sending ``unit`` away; its source stays until it is released."""
-        address = storage.data_ptr() + unit.start
-        unit.slot = self.engine.offload(address, unit.nbytes, storage, self.edge.stream())
         unit.source = storage
+        if self._waiting:
+            # One stream carries all copies: this one waits there for its point of compute, which the host is ahead of,
+            # and the codes before it would wait behind it.
+            unit.mark = self.engine.mark(self.edge.stream())
+            self._waiting.append((weakref.ref(unit), False))
+        else:
+            self._send_source(unit)
         self._leaves(unit)
 
     def compress(self, unit: Unit, storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
@@ -70,28 +77,38 @@ class Transfers:
         if self.timing:
             self.timeline.end(begin)
         self._leaves(unit)
-        self._encoded.append(weakref.ref(unit))
-        self._send_codes(_CODES_AHEAD)
+        self._waiting.append((weakref.ref(unit), True))
+        self._codes += 1
+        self._send_waiting()
 
     def _leaves(self, unit: Unit) -> None:
         unit.is_leaving = True
         self.leaving.append(weakref.ref(unit))
         self._leaving_bytes += unit.nbytes
 
-    def _send_codes(self, most: int) -> None:
-        """Sends the codes whose length is known, and the oldest in any case until ``most`` are left."""
-        while self._encoded:
-            unit = self._encoded[0]()
-            if (
-                unit is not None
-                and unit.slot is None
-                and unit.code is not None
-                and unit.code.buffer is not None
-            ):
-                if len(self._encoded) <= most and not unit.code.is_known():
-                    return
-                self._send_code(unit)
-            self._encoded.popleft()
+    def _send_waiting(self) -> None:
+        """Sends what may leave, in the order of compute: codes whose length is known, and the oldest in any case until
+        the host is no farther ahead than it may be.
+        """
+        while self._waiting:
+            ref, is_code = self._waiting[0]
+            unit = ref()
+            if unit is not None and unit.slot is None and unit.is_leaving:
+                if not is_code:
+                    self._send_source(unit)
+                elif unit.code is not None and unit.code.buffer is not None:
+                    if self._codes <= _CODES_AHEAD and not unit.code.is_known():
+                        return
+                    self._send_code(unit)
+            self._waiting.popleft()
+            self._codes -= is_code
+
+    def _send_source(self, unit: Unit) -> None:
+        assert unit.source is not None
+        address = unit.source.data_ptr() + unit.start
+        behind = self.edge.stream() if unit.mark is None else unit.mark
+        unit.slot = self.engine.offload(address, unit.nbytes, unit.source, behind)
+        unit.mark = None
 
     def _send_code(self, unit: Unit) -> None:
         assert unit.code is not None and unit.code.buffer is not None
@@ -99,14 +116,17 @@ class Transfers:
         # The code is there once its length is known; compute may have been given much since.
         unit.slot = self.engine.offload(buffer.data_ptr(), nbytes, buffer, None)
 
+    def _send_through(self, unit: Unit) -> None:
+        """Sends ``unit``, and what waits before it."""
+        while unit.slot is None and self._waiting:
+            first = self._waiting[0][0]()
+            if first is not None and first.slot is None and first.code is not None:
+                first.code.length()  # waits for it
+            self._send_waiting()
+
     def release(self, unit: Unit) -> None:
         """Makes compute wait until ``unit`` has left, and gives up the memory that it left from."""
-        if unit.slot is None:
-            assert unit.code is not None
-            unit.code.length()  # waits for it, and so for those before it
-            self._send_codes(_CODES_AHEAD)
-        if unit.slot is None:
-            self._send_code(unit)  # made on another stream than one before it
+        self._send_through(unit)
         assert unit.slot is not None
         begin = self.timeline.begin() if self.timing else None
         self.engine.release_source(unit.slot, self.edge.stream())
@@ -159,7 +179,7 @@ class Transfers:
 
     def follow(self, needed: int | None, allocated: int) -> None:
         """Does what is due by the plan; without one, what bounds the bytes on their way."""
-        self._send_codes(_CODES_AHEAD)
+        self._send_waiting()
         if needed is None and not self.planner.has_plan:
             self.release_sources()
             return

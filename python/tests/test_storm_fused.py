@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,23 +19,28 @@ from test_storm_rebuild import rebuild_everything
 from torch import Tensor, nn
 
 from overspill import Storm
+from overspill._fused import fused_of
+from overspill._recipes import Recipe
+from overspill._saved import Saved
 
 
 class ByOperations:
     """What the kernel makes, operation by operation; ``wrong`` changes it."""
 
     def __init__(self, wrong: Callable[[str, list[Tensor]], None] = lambda *_: None) -> None:
-        self.runs = {"norm": 0, "gate": 0}
+        self.runs = {"norm": 0, "norm_of_wide": 0, "gate": 0}
         self._wrong = wrong
 
     def run(self, fused: Any, parts: list[Tensor], _stream: int) -> list[Tensor]:
         """As :meth:`overspill._fused.Kernels.run`."""
         self.runs[fused.kernel] += 1
-        if fused.kernel == "norm":
-            narrow, scale, weight = parts
-            wide = narrow.to(torch.float32)
-            normal = (wide * scale).to(narrow.dtype)
+        if fused.kernel != "gate":
+            given, scale, weight = parts
+            wide = given.to(torch.float32)
+            normal = (wide * scale).to(weight.dtype)
             made = [wide, normal, weight * normal]
+            if fused.kernel == "norm_of_wide":
+                del made[0]
         else:
             gate, up = parts
             silu = F.silu(gate)
@@ -118,13 +124,17 @@ def test_norms_and_gates_are_rebuilt_in_one_go() -> None:
     got, storm = gradients(64, twin)
     assert all(map(torch.equal, expected, got))
     assert len(storm._proofs.fused) == 2 * 3
-    assert min(twin.runs.values()) >= 3 + 6 * 3
+    assert min(twin.runs["norm"], twin.runs["gate"]) >= 3 + 6 * 3
+    assert twin.runs["norm_of_wide"] == 3
     storm.close()
     assert storm.report()["held_bytes"] == 0
 
 
+RESULTS = {"norm": 3, "norm_of_wide": 2, "gate": 2}
+
+
 @pytest.mark.parametrize(
-    ("kernel", "which"), [("norm", 0), ("norm", 1), ("norm", 2), ("gate", 0), ("gate", 1)]
+    ("kernel", "which"), [(name, n) for name, count in RESULTS.items() for n in range(count)]
 )
 def test_a_kernel_with_other_bits_is_not_used(kernel: str, which: int) -> None:
     """One bit of one of the results, and it runs in no backward."""
@@ -140,6 +150,31 @@ def test_a_kernel_with_other_bits_is_not_used(kernel: str, which: int) -> None:
     assert len(storm._proofs.fused) == 3
     assert twin.runs[kernel] == 3
     storm.close()
+
+
+def test_a_wide_input_that_is_kept_is_the_kernels_own() -> None:
+    """There is no narrow copy to start from then."""
+    x, scale, weight = torch.rand(4, 16), torch.rand(4, 1), torch.rand(16).to(torch.bfloat16)
+    wide, narrow, normal = (Saved(t, None, keep=True) for t in (x, x.bfloat16(), x.bfloat16()))
+    factor, by = (Saved(t, None, keep=True) for t in (scale, weight))
+    layout = (torch.bfloat16, x.shape, x.stride(), 0, 0)
+    widened = Recipe(torch.clone, (narrow,), ("widen", torch.bfloat16, torch.float32), narrow=torch.bfloat16)
+    again = Recipe(torch.mul, (wide, factor), ("MulBackward0", (), torch.bfloat16, *layout))
+    product = Recipe(torch.mul, (by, normal), ("MulBackward0", (), None, *layout))
+    normal.unit, wide.unit = SimpleNamespace(recipe=again), SimpleNamespace(recipe=widened)  # type: ignore[assignment]
+    fused = fused_of(product)
+    assert fused is not None
+    assert (fused.kernel, fused.parts, fused.others) == (
+        "norm",
+        (narrow, factor, by),
+        (wide.unit, normal.unit),
+    )
+    wide.unit.recipe = None
+    fused = fused_of(product)
+    assert fused is not None
+    assert (fused.kernel, fused.parts, fused.others) == ("norm_of_wide", (wide, factor, by), (normal.unit,))
+    wide.tensor = x.double()
+    assert fused_of(product) is None
 
 
 def test_rows_that_the_kernel_cannot_read_are_left_to_the_operations() -> None:

@@ -11,9 +11,9 @@ import torch
 from storm_harness import devices, offload_everything
 from torch import Tensor, nn
 
-from overspill import TransferError
+from overspill import Storm, TransferError
 from overspill._edge import edge_for
-from overspill._link import Link
+from overspill._link import Code, Link
 
 
 def compress_everything(model: nn.Module, **options: Any) -> contextlib.AbstractContextManager[Any]:
@@ -28,6 +28,18 @@ def layers(dtype: torch.dtype, device: str) -> nn.Module:
     torch.manual_seed(0)
     made = [nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(4)]
     return nn.Sequential(*made).to(device, dtype)
+
+
+class Cast(nn.Module):
+    """A layer in another type than its input's."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Saves the cast input and the result."""
+        return self.layer(x.to(self.layer.weight.dtype)).tanh()
 
 
 def gradients(model: nn.Module, n: int, *, again: bool = False) -> list[Tensor]:
@@ -90,6 +102,63 @@ def test_a_read_finds_the_memory_of_a_copy_that_is_being_finished(seed: int, tmp
         for n, want in enumerate(expected):
             assert all(map(torch.equal, want, gradients(model, n))), f"step {n}"
     storm.close()
+
+
+class Noted:
+    """An engine whose offloads are noted: bytes, and what they wait for."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine, self.sent = engine, []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def offload(self, address: int, nbytes: int, owner: Any, behind: Any) -> Any:
+        """As the engine's."""
+        self.sent.append((nbytes, type(behind).__name__))
+        return self._engine.offload(address, nbytes, owner, behind)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_codes_of_late_length_keep_the_order(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host learns lengths only when it has to: plain offloads wait behind codes, and leave in the order of compute."""
+    asked: set[Code] = set()
+    length = Code.length
+    monkeypatch.setattr(Code, "is_known", lambda code: code in asked)
+    monkeypatch.setattr(Code, "length", lambda code: (asked.add(code), length(code))[1])
+    # Every second layer is in 32 bit, which the codec does not take.
+    model = nn.Sequential(*(Cast(torch.bfloat16 if n % 2 else torch.float32) for n in range(6)))
+    want = gradients(model, 0)
+    storm = Storm(model, "1TiB", min_bytes=1, rebuild=False, compress=True, seed=seed, host_budget="8MiB")
+    act, packed = storm._act, []
+
+    def never_keeps(unit: Any, storage: Any, dtype: torch.dtype, _action: int) -> None:
+        """Codes what it can, and sends the rest."""
+        packed.append(dtype)
+        act(unit, storage, dtype, 3 if dtype is torch.bfloat16 else 1)
+
+    def releases(_model: nn.Module, _input: Any, _output: Tensor) -> None:
+        """All that was packed, before backward asks for it."""
+        assert len(noted.sent) < len(packed) or not planned
+        while storm._transfers.leaving:
+            unit = storm._transfers.leaving.popleft()()
+            if unit is not None and unit.is_leaving:
+                storm._transfers.release(unit)
+
+    noted, planned = Noted(storm._engine), False
+    storm._transfers.engine = noted  # type: ignore[assignment]
+    with storm:
+        gradients(model, 0)
+        planned, storm._act = True, never_keeps  # type: ignore[method-assign]
+        noted.sent.clear()
+        model.register_forward_hook(releases)
+        assert all(map(torch.equal, want, gradients(model, 0)))
+    storm.close()
+    whole = 300 * 64 * 4
+    assert [nbytes == whole for nbytes, _ in noted.sent] == [dtype is torch.float32 for dtype in packed]
+    waits = [behind for _, behind in noted.sent]
+    assert waits[:2] == ["int", "int"], "nothing waits before the first code"
+    assert set(waits[2:]) == {"NoneType", "Mark"}, "codes at once, the others behind their marks"
 
 
 def test_another_shape_in_mid_run_is_exact() -> None:

@@ -34,7 +34,7 @@ impl Again {
 
     /// Of `rows` rows of `columns`, a multiple of 8, in bf16 at `narrow`, the 32-bit `scale` of each and a bf16
     /// `weight` of each column: `wide` in 32 bit, and `normal` and `weighted` in bf16, behind what `stream` has been
-    /// given. Addresses are multiples of 16.
+    /// given. A `narrow` of 0 says that `wide` is there. Addresses are multiples of 16.
     #[expect(clippy::too_many_arguments, reason = "addresses at this border")]
     fn norm(
         &self,

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use overspill_device::{
-    DeviceRange, DeviceRef, Keep, StreamRef, cuda,
+    DeviceRange, DeviceRef, EventRef, Keep, StreamRef, cuda,
     sim::{self, Planted, SimConfig},
 };
 use overspill_engine::{self as engine, Cause, EngineConfig, SpillConfig};
@@ -25,6 +25,17 @@ pub struct Engine {
 /// Bytes that left the device; given up when this object is.
 #[pyclass(frozen, module = "overspill._native")]
 pub struct Slot(engine::Slot);
+
+/// What a copy waits for.
+#[derive(FromPyObject)]
+enum Behind<'py> {
+    Stream(u64),
+    Mark(Bound<'py, Mark>),
+}
+
+/// A point of a stream.
+#[pyclass(frozen, module = "overspill._native")]
+pub struct Mark(EventRef);
 
 /// A slot on its way back.
 #[pyclass(frozen, module = "overspill._native")]
@@ -73,21 +84,31 @@ impl Engine {
         Ok(Self { engine, device })
     }
 
-    /// Copies `bytes` at `address` away, behind what `stream` has been given so far, or, with None, at once: then
-    /// whatever wrote them must have passed. `owner` keeps the memory alive and is let go when the copy has passed or
-    /// after `release_source`.
+    /// The end of what `stream` has been given so far.
+    fn mark(&self, py: Python<'_>, stream: u64) -> PyResult<Mark> {
+        let stream = self::stream(py, &self.device, stream)?;
+        py.detach(|| stream.record()).map(Mark).map_err(|error| device_error(py, &error))
+    }
+
+    /// Copies `bytes` at `address` away, behind what `stream` has been given so far, or behind a mark. With None at
+    /// once: then whatever wrote them must have passed. `owner` keeps the memory alive and is let go when the copy has
+    /// passed or after `release_source`.
     fn offload(
         &self,
         py: Python<'_>,
         address: u64,
         bytes: usize,
         owner: Py<PyAny>,
-        stream: Option<u64>,
+        stream: Option<Behind<'_>>,
     ) -> PyResult<Slot> {
-        let compute = stream.map(|stream| self::stream(py, &self.device, stream)).transpose()?;
+        let mark = match stream {
+            Some(Behind::Stream(stream)) => Some(self.mark(py, stream)?.0),
+            Some(Behind::Mark(mark)) => Some(Arc::clone(&mark.get().0)),
+            None => None,
+        };
         let source = lease(address, bytes, owner);
-        let sent = py.detach(|| match &compute {
-            Some(compute) => self.engine.offload(&source, compute, Cause::Offload),
+        let sent = py.detach(|| match &mark {
+            Some(mark) => self.engine.offload_behind(&source, mark, Cause::Offload),
             None => self.engine.offload_written(&source, Cause::Offload),
         });
         sent.map(Slot).map_err(|error| engine_error(&error))

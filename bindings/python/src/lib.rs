@@ -27,7 +27,7 @@ mod _native {
     #[pymodule_export]
     use crate::djinn::DjinnPool;
     #[pymodule_export]
-    use crate::engine::{Engine, Onboarding, Slot};
+    use crate::engine::{Engine, Mark, Onboarding, Slot};
     #[pymodule_export]
     use crate::link::LinkCodec;
     #[pymodule_export]

@@ -19,13 +19,13 @@ pub struct Again {
 /// Device addresses, all multiples of 16.
 #[derive(Debug, Clone, Copy)]
 pub struct NormPlaces {
-    /// The norm's input in bf16, a row after the other.
+    /// The norm's input in bf16, a row after the other; 0 where `wide` holds it.
     pub narrow: u64,
     /// One 32-bit float a row: the reciprocal of the root of its mean square.
     pub scale: u64,
     /// One bf16 a column.
     pub weight: u64,
-    /// Receives the input in 32 bit.
+    /// Receives the input in 32 bit, or holds it.
     pub wide: u64,
     /// Receives the input times its row's scale, in bf16.
     pub normal: u64,

@@ -347,6 +347,12 @@ fn a_norm_is_rebuilt_as_its_operations_round_it() {
             Arg::U64(made[2].as_mut_ptr() as u64),
         ];
         launch(&library, "norm_again_bf16", [rows as u32, THREADS], &args);
+        let first = made.clone();
+        made[1].fill(0);
+        made[2].fill(0);
+        let from_wide = [&[Arg::U64(0)], &args[1..]].concat();
+        launch(&library, "norm_again_bf16", [rows as u32, THREADS], &from_wide);
+        assert!(made == first, "another result from the wide input");
         let (narrow, weight) = (halves(&narrow), halves(&weight));
         let (normal, weighted) = (halves(&made[1]), halves(&made[2]));
         let wides = halves(&made[0]);

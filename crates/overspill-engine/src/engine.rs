@@ -131,7 +131,12 @@ impl Engine {
     /// [`Engine::release_source`]. Blocks while the host tier is full and something is on its way
     /// out of it; an error leaves `source` and every other slot as they were.
     pub fn offload(&self, source: &DeviceRange, compute: &StreamRef, cause: Cause) -> Result<Slot> {
-        self.0.out_stream.wait(&compute.record()?)?;
+        self.offload_behind(source, &compute.record()?, cause)
+    }
+
+    /// As [`Engine::offload`], behind a point of compute's that the caller has marked: `source` is written by then.
+    pub fn offload_behind(&self, source: &DeviceRange, mark: &EventRef, cause: Cause) -> Result<Slot> {
+        self.0.out_stream.wait(mark)?;
         self.offload_written(source, cause)
     }
 
@@ -262,6 +267,8 @@ impl Onboarding {
     pub fn wait_on(&self, compute: &StreamRef) -> Result<()> {
         let shared = &self.engine.0;
         shared.device.block_on(self.ticket.gate())?;
+        // Backward waits for many and starts few: what is done by now must not be left for the next forward.
+        shared.reap()?;
         match self.ticket.outcome()? {
             Some(sequence) => shared.release_through(Direction::Onboard, sequence, compute),
             None => Ok(()),

@@ -110,8 +110,8 @@ impl Base {
 
     /// Device time of a passed event, in microseconds since the device was opened.
     pub fn time_us(&self, event: &RawEvent) -> Result<f64> {
-        self.event.synchronize()?;
-        Ok(self.at_us()? + event.us_since(&self.event)?)
+        let at_us = self.at_us()?; // known only once this base has passed
+        Ok(at_us + event.us_since(&self.event)?)
     }
 }
 

@@ -6,11 +6,13 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-static __device__ float widened(u32 half) {
+static __device__ float value_of(u32 bits) {
     union { u32 bits; float value; } both;
-    both.bits = half << 16;
+    both.bits = bits;
     return both.value;
 }
+
+static __device__ float widened(u32 half) { return value_of(half << 16); }
 
 static __device__ u32 narrowed(float value) {
     union { float value; u32 bits; } both;
@@ -19,33 +21,33 @@ static __device__ u32 narrowed(float value) {
     return (both.bits + 0x7fffu + (both.bits >> 16 & 1)) >> 16;
 }
 
-static __device__ u32 bits_of(float value) {
-    union { float value; u32 bits; } both;
-    both.value = value;
-    return both.bits;
-}
-
-// A block a row of `columns`, a multiple of 8; every address a multiple of 16.
+// A block a row of `columns`, a multiple of 8; every address a multiple of 16. Without `narrow` the input is `wide`.
 extern "C" __global__ void norm_again_bf16(const u16* narrow, const float* scale, const u16* weight, u32 columns,
                                            u32* wide, u16* normal, u16* weighted) {
     u64 row = (u64)blockIdx.x * columns;
     float factor = scale[blockIdx.x];
     for (u32 at = 8 * threadIdx.x; at < columns; at += 8 * blockDim.x) {
-        uint4 from = *(const uint4*)(narrow + row + at), by = *(const uint4*)(weight + at);
-        u32 pairs[4] = { from.x, from.y, from.z, from.w }, weights[4] = { by.x, by.y, by.z, by.w };
-        u32 wides[8], normals[4], products[4];
+        uint4 by = *(const uint4*)(weight + at), low_half, high_half;
+        if (narrow) {
+            uint4 from = *(const uint4*)(narrow + row + at);
+            low_half = make_uint4(from.x << 16, from.x & 0xffff0000u, from.y << 16, from.y & 0xffff0000u);
+            high_half = make_uint4(from.z << 16, from.z & 0xffff0000u, from.w << 16, from.w & 0xffff0000u);
+            *(uint4*)(wide + row + at) = low_half;
+            *(uint4*)(wide + row + at + 4) = high_half;
+        } else {
+            low_half = *(const uint4*)(wide + row + at);
+            high_half = *(const uint4*)(wide + row + at + 4);
+        }
+        u32 wides[8] = { low_half.x, low_half.y, low_half.z, low_half.w,
+                         high_half.x, high_half.y, high_half.z, high_half.w };
+        u32 weights[4] = { by.x, by.y, by.z, by.w }, normals[4], products[4];
 #pragma unroll
         for (u32 p = 0; p < 4; p++) {
-            float low = widened(pairs[p] & 0xffff), high = widened(pairs[p] >> 16);
-            wides[2 * p] = bits_of(low);
-            wides[2 * p + 1] = bits_of(high);
-            u32 normal_low = narrowed(low * factor), normal_high = narrowed(high * factor);
-            normals[p] = normal_low | normal_high << 16;
-            products[p] = narrowed(widened(weights[p] & 0xffff) * widened(normal_low)) |
-                          narrowed(widened(weights[p] >> 16) * widened(normal_high)) << 16;
+            u32 low = narrowed(value_of(wides[2 * p]) * factor), high = narrowed(value_of(wides[2 * p + 1]) * factor);
+            normals[p] = low | high << 16;
+            products[p] = narrowed(widened(weights[p] & 0xffff) * widened(low)) |
+                          narrowed(widened(weights[p] >> 16) * widened(high)) << 16;
         }
-        *(uint4*)(wide + row + at) = make_uint4(wides[0], wides[1], wides[2], wides[3]);
-        *(uint4*)(wide + row + at + 4) = make_uint4(wides[4], wides[5], wides[6], wides[7]);
         *(uint4*)(normal + row + at) = make_uint4(normals[0], normals[1], normals[2], normals[3]);
         *(uint4*)(weighted + row + at) = make_uint4(products[0], products[1], products[2], products[3]);
     }
