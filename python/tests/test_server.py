@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from server_harness import Reply, Server, Servers
 from server_worker import HIDDEN, LAYERS, TOKENS, tiny_executor
 
 from overspill.djinn import Generated
+from overspill.serve.sampling import likeliest
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,22 @@ def test_openai_client(client: openai.OpenAI) -> None:
     assert "".join(pieces) == whole.choices[0].message.content
     assert chunks[-1].usage == whole.usage
     assert chunks[-2].choices[0].finish_reason == "length"
+
+
+def test_the_likeliest_token_is_the_one_that_torch_finds() -> None:
+    seed = random.SystemRandom().randrange(2**32)
+    print("seed", seed)
+    chance = torch.Generator().manual_seed(seed)
+    for case in range(200):
+        # Few values, so that several are the highest.
+        logits = torch.randint(-9, 9, (1 + case,), generator=chance).float()
+        if case % 4 == 0:
+            odd = float("nan") if case % 8 else float("inf")
+            logits[torch.randint(0, len(logits), (2,), generator=chance)] = odd
+        best, most = likeliest(logits)
+        assert best == int(logits.argmax())
+        assert torch.equal(torch.tensor(most), logits[best]) or (most != most and bool(logits[best].isnan()))
+        assert likeliest(logits.double())[0] == best
 
 
 def test_sampling_repeats_for_a_seed(client: openai.OpenAI) -> None:

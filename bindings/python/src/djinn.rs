@@ -168,6 +168,21 @@ impl DjinnPool {
         self.with(py, |pool| pool.expect(id, eta_us))
     }
 
+    /// The session has something to compute, and should start `due_us` from now.
+    fn ask(&self, py: Python<'_>, id: u64, due_us: u64) -> PyResult<()> {
+        self.with(py, |pool| pool.ask(id, due_us))
+    }
+
+    /// The sessions that asked and whose turn it is since the last call.
+    fn turns(&self, py: Python<'_>) -> PyResult<Vec<u64>> {
+        self.with(py, Pool::turns)
+    }
+
+    /// The session computes no more for now, or asks no more.
+    fn end_turn(&self, py: Python<'_>, id: u64) -> PyResult<()> {
+        self.with(py, |pool| pool.end_turn(id))
+    }
+
     /// Gives up the host copy of a resident session.
     fn drop_host_copy(&self, py: Python<'_>, id: u64) -> PyResult<()> {
         self.with(py, |pool| pool.drop_host_copy(id))

@@ -9,7 +9,7 @@
 //! [`Session`] is the state machine, pure; [`Arena`] owns the slabs and says what their next user
 //! has to wait for; [`scheduler`] decides who is where, also pure; [`Pool`] executes; [`simulate`] runs the
 //! scheduler in simulated time against other rules. What this crate does not do: the model's maths, the hidden
-//! state and the sampler of a paused session (the Python edge has them), the order of turns.
+//! state and the sampler of a paused session (the Python edge has them), who may ask for a turn (the server).
 
 mod arena;
 mod counters;
@@ -24,6 +24,7 @@ pub mod scheduler;
 mod session;
 pub mod simulate;
 mod swap;
+mod turns;
 
 pub use arena::{Arena, Seat};
 pub use counters::Counters;

@@ -1,9 +1,8 @@
 //! The scheduler's executor: what happens to sessions is noted, what it decides is carried out.
 //!
-//! Turns are the caller's: who is to compute is brought here at once ([`Pool::begin`]), so that of the
-//! scheduler's decisions only those about places are met. A place is given up and taken as soon as its
-//! copies are enqueued; a session counts as on its way until they have ended, which is also when the
-//! speed of the link is taken.
+//! Who just computes is brought here at once ([`Pool::begin`]); who asked for a turn is told when it is there
+//! ([`Pool::turns`]). A place is given up and taken as soon as its copies are enqueued; a session counts as on
+//! its way until they have ended, which is also when the speed of the link is taken.
 
 use overspill_device::EventRef;
 
@@ -57,9 +56,7 @@ impl Pool {
     /// `id` will be needed `eta_us` from now, on the device's clock. [`Pool::tick`] sends it away if memory is
     /// short and it is gone for long enough, and brings it back.
     pub fn expect(&mut self, id: u64, eta_us: f64) -> Result<()> {
-        if self.entry(id)?.session.is_running() {
-            return Err(Error::Refused { id, refusal: Refusal::Running });
-        }
+        self.at_rest(id)?;
         self.note(Event::Paused { id, eta_us: Some(eta_us.max(0.0) as u64) })
     }
 
@@ -94,8 +91,12 @@ impl Pool {
             Decision::Spill(id) => self.spill(id),
             Decision::Unspill(id) => self.unspill(id),
             Decision::DropHostCopy(id) => self.drop_host_copy(id),
-            // Nobody is announced as ready here, and nobody is thrown away.
-            Decision::Run(_) | Decision::Recompute(_) | Decision::Discard(_) => Ok(()),
+            Decision::Run(id) => {
+                self.turns.push(id);
+                Ok(())
+            }
+            // Nobody is thrown away.
+            Decision::Recompute(_) | Decision::Discard(_) => Ok(()),
         };
         match (&outcome, decision) {
             (Err(_), _) => self.note(Event::Failed(decision))?,
@@ -111,10 +112,19 @@ impl Pool {
         self.scheduler.note(now_us, event)
     }
 
-    /// `id` computes no more.
-    pub(crate) fn rests(&mut self, id: u64, eta_us: Option<u64>) -> Result<()> {
+    /// The forward of `id` is over; it computes no more unless it has a turn.
+    pub(crate) fn rests(&mut self, id: u64) -> Result<()> {
         self.count(id)?;
-        self.note(Event::Paused { id, eta_us })
+        if self.entry(id)?.has_turn { Ok(()) } else { self.note(Event::Paused { id, eta_us: None }) }
+    }
+
+    /// Refuses what is not for a session that computes, or has a turn to.
+    pub(crate) fn at_rest(&mut self, id: u64) -> Result<()> {
+        let entry = self.entry(id)?;
+        if entry.has_turn || entry.session.is_running() {
+            return Err(Error::Refused { id, refusal: Refusal::Running });
+        }
+        Ok(())
     }
 
     /// Tells the scheduler what bytes `id` has and where.

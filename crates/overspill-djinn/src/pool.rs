@@ -68,6 +68,8 @@ pub struct Pool {
     pub(crate) log: SwapLog,
     pub(crate) scheduler: Scheduler,
     pub(crate) coming: Vec<Coming>,
+    /// Sessions whose turn it is, and whose asker has not been told yet.
+    pub(crate) turns: Vec<u64>,
     /// Of the fastest copy so far.
     pub(crate) link_us_per_byte: f64,
 }
@@ -83,6 +85,8 @@ pub(crate) struct Entry {
     pub begun: (Vec<usize>, Option<usize>),
     /// The point of compute up to which the slab is used.
     pub computed: Option<EventRef>,
+    /// Whether it has asked for a turn that has not ended.
+    pub has_turn: bool,
 }
 
 impl Pool {
@@ -98,6 +102,7 @@ impl Pool {
         Ok(Self {
             scheduler: scheduler_for(&config, arena.slabs(), spill.is_some()),
             coming: Vec::new(),
+            turns: Vec::new(),
             link_us_per_byte: LINK_US_PER_BYTE,
             arena,
             out: device.new_stream("offload")?,
@@ -136,6 +141,7 @@ impl Pool {
             departures: no_fences(layers),
             begun: (Vec::new(), None),
             computed: None,
+            has_turn: false,
         };
         self.note(Event::Created { id })?;
         self.sessions.insert(id, entry);
@@ -201,7 +207,7 @@ impl Pool {
         if write_through && !waits {
             self.write_through(id, 0..layers)?;
         }
-        self.rests(id, None)
+        self.rests(id)
     }
 
     /// A second session with the tokens and the pause of `parent`, whose bytes it shares.
@@ -225,6 +231,7 @@ impl Pool {
         match entry.session.end() {
             Ok(seat) => {
                 self.coming.retain(|coming| coming.id != id);
+                self.turns.retain(|&turn| turn != id);
                 self.note(Event::Finished { id })?;
                 seat.map_or(Ok(()), |seat| self.arena.give_back(&seat, fences))
             }
@@ -244,7 +251,7 @@ impl Pool {
         entry.session.park(pause).map_err(|refusal| Error::Refused { id, refusal })?;
         entry.computed = Some(computed);
         self.rewind(id, &tokens)?;
-        self.rests(id, None)
+        self.rests(id)
     }
 
     /// Forgets what each layer has beyond `tokens`. What is written there next waits for the copies

@@ -10,7 +10,7 @@ use overspill_device::{self as device, DeviceRange, HostExtent, HostTape};
 use overspill_engine::{self as engine, Tier};
 
 use crate::{
-    Error, Part, Pool, Refusal, Residency, Result,
+    Error, Part, Pool, Residency, Result,
     arena::no_fences,
     host_copy::{Place, Stretch},
     log::{Cause, Pending},
@@ -62,9 +62,7 @@ impl Pool {
         if entry.session.residency() == Residency::Away {
             return Ok(());
         }
-        if entry.session.is_running() {
-            return Err(Error::Refused { id, refusal: Refusal::Running });
-        }
+        self.at_rest(id)?;
         self.leave(id)?;
         self.note(Event::Left { id })
     }

@@ -14,7 +14,7 @@ use std::{
 
 use common::{GEOMETRY, Rig, Twin, embed, spill_file};
 use overspill_device::{Stream, sim::Planted};
-use overspill_djinn::{Error, Pool, PoolConfig};
+use overspill_djinn::{Error, Pool, PoolConfig, Refusal};
 use overspill_engine::storage::Fault;
 
 const SCHEDULES_A_DEVICE: u64 = 20;
@@ -63,21 +63,41 @@ impl Run<'_> {
     fn operate(&mut self) -> Result<(), Error> {
         let ids: Vec<u64> = self.known.keys().copied().collect();
         let Some(&id) = ids.get(self.rng.usize(..ids.len().max(1))) else { return self.create() };
-        match self.rng.u8(..20) {
+        match self.rng.u8(..23) {
             0 if ids.len() < 4 => self.create(),
             1..=9 => self.step(id),
-            10..=12 => self.pool.evict(id),
+            10..=12 => self.at_rest(id, Pool::evict),
             13 => self.pool.restore(id),
-            14 if self.rig.spill.is_some() => self.pool.evict(id).and_then(|()| self.pool.spill(id)),
+            14 if self.rig.spill.is_some() => {
+                self.at_rest(id, |pool, id| pool.evict(id).and_then(|()| pool.spill(id)))
+            }
             15 if self.pool.slab_of(id).is_some() => self.pool.drop_host_copy(id),
             16 if ids.len() < 4 => self.fork(id),
             17 if ids.len() > 1 => {
                 self.known.remove(&id);
                 self.pool.remove(id)
             }
-            18 => self.pool.expect(id, self.rng.f64() * 1e3),
+            18 => {
+                let eta_us = self.rng.f64() * 1e3;
+                self.at_rest(id, |pool, id| pool.expect(id, eta_us))
+            }
             19 => self.pool.tick(500.0).map(|_| ()),
+            20 => self.at_rest(id, |pool, id| pool.ask(id, 100)),
+            21 => self.pool.turns().map(|_| ()),
+            22 => self.pool.end_turn(id),
             _ => Ok(()),
+        }
+    }
+
+    /// What is refused to a session that has a turn.
+    fn at_rest(
+        &mut self,
+        id: u64,
+        how: impl FnOnce(&mut Pool, u64) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        match how(&mut self.pool, id) {
+            Err(Error::Refused { refusal: Refusal::Running, .. }) => Ok(()),
+            other => other,
         }
     }
 
@@ -207,7 +227,8 @@ fn schedule(rig: &Rig, seed: u64, mistake: Mistake) -> Result<usize, String> {
     let mut run = Run { rig, pool: rig.pool(config), rng, known, results, next_id: 0, mistake, full: 0 };
     for operation in 0..OPERATIONS {
         match run.operate() {
-            Ok(()) => {}
+            // Those with a turn may have every slab.
+            Ok(()) | Err(Error::NoSlab { .. }) => {}
             Err(error) if error.is_full() || (rig.faulty && is_disk_fault(&error)) => run.full += 1,
             Err(error) => return Err(format!("operation {operation}: {error}")),
         }

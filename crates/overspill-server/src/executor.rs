@@ -71,6 +71,19 @@ pub enum Command<'a> {
         /// How many alternatives are reported for each token; none: no probabilities at all.
         logprobs: Option<u8>,
     },
+    /// The session is to make steps: it is brought to the device while others make theirs.
+    Ask {
+        /// The session.
+        key: u64,
+    },
+    /// Answers the list of those that asked and are there since the last time. Where one cannot be brought it is
+    /// among them: its step says why.
+    Turns {},
+    /// The session makes no steps for now: others may take its place on the device.
+    EndTurn {
+        /// The session.
+        key: u64,
+    },
     /// The generation is over, or given up.
     Finish {
         /// The session.

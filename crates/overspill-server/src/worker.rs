@@ -1,16 +1,13 @@
 //! The loop that runs the model: takes messages, gives out turns, steps, and passes on what came.
 //!
-//! Everything here happens on one thread, between steps or in one; a message is looked at after at
-//! most one step. Up to [`Worker::seats`] requests run at once: as many as the device holds sessions,
-//! so that a step never waits for a swap. The others wait for a seat, the owner with the fewest
-//! first, and one that has had its tokens of a turn gives its seat to them.
+//! Everything of a [`Worker`] happens on one thread, between steps or in one; a message is looked at after
+//! at most one step. Who has a seat in the steps is in `seats`, how sessions are kept in `keeping`.
 
 use std::{
     sync::{Arc, mpsc::Receiver},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
-use serde_json::Value;
 use tokio::sync::{mpsc::UnboundedSender, oneshot};
 
 use crate::{
@@ -19,18 +16,16 @@ use crate::{
     executor::Logprob,
     gate::Ticket,
     keys::Owner,
-    ledger::{Ledger, Saved},
+    ledger::Ledger,
     live::Live,
     metrics::Metrics,
     progress::{Kind, Progress},
     queue::FairQueue,
     reply::Done,
     request::Generate,
-    table::{Entry, Rest, State, Table},
+    seats::Waiting,
+    table::{Rest, State, Table},
 };
-
-/// Seconds between looks for requests that have waited too long, or whose client is gone.
-const SWEEP: Duration = Duration::from_millis(250);
 
 /// What connections ask of the worker.
 pub enum Message {
@@ -93,22 +88,17 @@ pub enum Event {
 }
 
 /// A request that has had a seat.
-struct Active {
-    key: u64,
-    owner: Owner,
-    progress: Progress,
-    events: UnboundedSender<Event>,
+pub(crate) struct Active {
+    pub key: u64,
+    pub owner: Owner,
+    pub progress: Progress,
+    pub events: UnboundedSender<Event>,
     /// Held until the request is over.
-    _ticket: Ticket,
+    pub _ticket: Ticket,
     /// Tokens since it got its seat, and in all.
-    tokens: (usize, u64),
+    pub tokens: (usize, u64),
     /// Where it stood before a resume that has not made a step yet.
-    stands: Option<Option<usize>>,
-}
-
-enum Waiting {
-    New(Job, Option<u64>),
-    Again(Active),
+    pub stands: Option<Option<usize>>,
 }
 
 /// See the module.
@@ -118,12 +108,14 @@ pub struct Worker<'a> {
     pub(crate) limits: Limits,
     pub(crate) table: Table,
     pub(crate) ledger: Option<Ledger>,
-    metrics: Arc<Metrics>,
+    pub(crate) metrics: Arc<Metrics>,
     inbox: Receiver<Message>,
-    queue: FairQueue<Waiting>,
-    running: Vec<Active>,
-    ending: Option<Instant>,
-    swept: Instant,
+    pub(crate) queue: FairQueue<Waiting>,
+    pub(crate) running: Vec<Active>,
+    /// Requests with a seat whose sessions are on their way to the device, by the session's number.
+    pub(crate) coming: Vec<(u64, Waiting)>,
+    pub(crate) ending: Option<Instant>,
+    pub(crate) swept: Instant,
 }
 
 impl<'a> Worker<'a> {
@@ -145,6 +137,7 @@ impl<'a> Worker<'a> {
             inbox,
             queue: FairQueue::default(),
             running: Vec::new(),
+            coming: Vec::new(),
             ending: None,
             swept: Instant::now(),
         }
@@ -161,26 +154,24 @@ impl<'a> Worker<'a> {
                 if over {
                     self.give_up();
                 }
-                if self.running.is_empty() && self.queue.len() == 0 {
+                if self.is_idle() {
                     return;
                 }
             }
             self.sweep();
             self.admit();
             self.step();
-            self.metrics.set_queue(self.queue.len(), self.running.len());
+            self.metrics.set_queue(self.queue.len() + self.coming.len(), self.running.len());
         }
     }
 
-    /// Requests that run at once.
-    fn seats(&self) -> usize {
-        self.info.slabs.min(self.limits.batch).max(1)
+    fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.coming.is_empty() && self.queue.len() == 0
     }
 
     /// A message if there is one; waits for one where nothing else is to be done.
     fn next(&mut self) -> Option<Message> {
-        let is_idle = self.running.is_empty() && self.queue.len() == 0 && self.ending.is_none();
-        if !is_idle {
+        if !self.is_idle() || self.ending.is_some() {
             return self.inbox.try_recv().ok();
         }
         Some(self.inbox.recv().unwrap_or(Message::End))
@@ -195,149 +186,8 @@ impl<'a> Worker<'a> {
         }
     }
 
-    // ---- turns ---------------------------------------------------------------------------------
-
-    /// Looks whether a request can be done at all, and puts it behind the others of its owner.
-    fn enqueue(&mut self, job: Job) {
-        if self.ending.is_some() {
-            return fail(&job.events, Error::ShuttingDown);
-        }
-        let (name, resumes) = match &job.work {
-            Work::Begin(generate) => (generate.session.as_deref(), false),
-            Work::Resume { name } => (Some(name.as_str()), true),
-        };
-        let key = match name.map(|name| self.claim(&job.owner, name, resumes)) {
-            Some(Err(error)) => return fail(&job.events, error),
-            Some(Ok(key)) => Some(key),
-            None => None,
-        };
-        self.queue.push(job.owner.clone(), Waiting::New(job, key));
-    }
-
-    fn claim(&mut self, owner: &Owner, name: &str, resumes: bool) -> Result<u64> {
-        let entry = self.table.find(owner, name)?;
-        entry.at_rest()?;
-        match (resumes, entry.rest.is_some()) {
-            (true, false) => return Err(entry.conflict("is not paused")),
-            (false, true) => return Err(entry.conflict("is paused: resume it first")),
-            _ => {}
-        }
-        entry.state = State::Queued;
-        Ok(entry.key)
-    }
-
-    fn admit(&mut self) {
-        while self.running.len() < self.seats() {
-            let running = &self.running;
-            let held = |owner: &Owner| running.iter().filter(|active| active.owner == *owner).count();
-            match self.queue.pop(held) {
-                None => return,
-                Some(Waiting::Again(active)) => self.running.push(active),
-                Some(Waiting::New(job, key)) => self.start(job, key),
-            }
-        }
-    }
-
-    /// Gives a request its seat.
-    fn start(&mut self, job: Job, key: Option<u64>) {
-        let Job { owner, work, events, ticket, .. } = job;
-        let began = match work {
-            Work::Begin(generate) => self.begin(&owner, key, generate),
-            Work::Resume { .. } => self.take_up(key),
-        };
-        let (key, progress, stands) = match began {
-            Ok(began) => began,
-            Err(error) => {
-                if let Some(entry) = key.and_then(|key| self.table.get_mut(key)) {
-                    entry.rest();
-                }
-                return fail(&events, error);
-            }
-        };
-        let mut name = None;
-        if let Some(entry) = self.table.get_mut(key) {
-            entry.state = State::Running;
-            name.clone_from(&entry.name);
-        }
-        let _ = events.send(Event::Started { kind: progress.params.kind, name });
-        let active = Active { key, owner, progress, events, _ticket: ticket, tokens: (0, 0), stands };
-        self.running.push(active);
-    }
-
-    fn begin(
-        &mut self,
-        owner: &Owner,
-        key: Option<u64>,
-        generate: Generate,
-    ) -> Result<(u64, Progress, Option<Option<usize>>)> {
-        let Generate { prompt, params, exact, .. } = generate;
-        let key = key.map_or_else(|| self.open(owner, None, exact), Ok)?;
-        let began = self.executor.command(&Command::Begin {
-            key,
-            prompt: &prompt,
-            max_tokens: params.max_tokens,
-            open_ended: params.open_ended,
-            temperature: params.temperature,
-            top_p: params.top_p,
-            seed: params.seed,
-            logprobs: params.logprobs,
-        });
-        let began = began.inspect_err(|_| self.close_nameless(key))?;
-        let count = |name: &str| began.get(name).and_then(Value::as_u64).unwrap_or(0);
-        let prompt_tokens = (count("prompt_tokens"), count("cached_tokens"));
-        self.metrics.prompt(prompt_tokens.0 - prompt_tokens.1.min(prompt_tokens.0));
-        Ok((key, Progress::new(params, prompt_tokens, count("max_tokens") as usize), None))
-    }
-
-    fn take_up(&mut self, key: Option<u64>) -> Result<(u64, Progress, Option<Option<usize>>)> {
-        let entry = key.and_then(|key| self.table.get_mut(key));
-        let found = entry.and_then(|entry| entry.rest.take().map(|rest| (entry.key, rest)));
-        let (key, rest) = found.ok_or_else(|| Error::NoSession { id: String::new() })?;
-        Ok((key, rest.progress, Some(rest.layer)))
-    }
-
-    /// Adds a session.
-    pub(crate) fn open(&mut self, owner: &Owner, name: Option<String>, exact: bool) -> Result<u64> {
-        let key = self.table.new_key();
-        self.executor.command(&Command::Open { key, exact })?;
-        self.enter(key, owner, name)
-    }
-
-    /// Enters a session that the executor has.
-    pub(crate) fn enter(&mut self, key: u64, owner: &Owner, name: Option<String>) -> Result<u64> {
-        let created = now_s();
-        if let (Some(ledger), Some(name)) = (&mut self.ledger, &name)
-            && let Err(error) = ledger.opened(key, owner, name, created)
-        {
-            self.executor.command(&Command::Close { key })?;
-            return Err(error);
-        }
-        self.table.insert(Entry {
-            key,
-            owner: owner.clone(),
-            name,
-            created,
-            state: State::Idle,
-            rest: None,
-            armed: None,
-            is_dirty: true,
-            rolled_back: false,
-        });
-        Ok(key)
-    }
-
-    fn close_nameless(&mut self, key: u64) {
-        if self.table.get_mut(key).is_some_and(|entry| entry.name.is_none()) {
-            self.table.remove(key);
-            if let Err(error) = self.executor.command(&Command::Close { key }) {
-                eprintln!("overspill: session {key} did not end: {error}");
-            }
-        }
-    }
-
-    // ---- steps ---------------------------------------------------------------------------------
-
-    fn step(&mut self) {
+    /// One step of all that have a seat and are there.
+    pub(crate) fn step(&mut self) {
         self.pause_between_tokens();
         if self.running.is_empty() {
             return;
@@ -373,17 +223,6 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Notes in the ledger that a session is not any more what was saved.
-    pub(crate) fn changed(&mut self, key: u64) {
-        let Some(entry) = self.table.get_mut(key) else { return };
-        if !entry.is_dirty {
-            entry.is_dirty = true;
-            if let Some(Err(error)) = self.ledger.as_mut().map(|ledger| ledger.dirty(key)) {
-                eprintln!("overspill: {error}");
-            }
-        }
-    }
-
     fn pause_between_tokens(&mut self) {
         for active in std::mem::take(&mut self.running) {
             let armed = self.table.get_mut(active.key).and_then(|entry| entry.armed);
@@ -412,6 +251,7 @@ impl<'a> Worker<'a> {
             self.over(active.key, State::Idle);
         } else if active.tokens.0 >= self.limits.turn_tokens && self.queue.len() > 0 {
             active.tokens.0 = 0;
+            self.unseat(active.key);
             self.queue.push(active.owner.clone(), Waiting::Again(active));
         } else {
             self.running.push(active);
@@ -448,9 +288,10 @@ impl<'a> Worker<'a> {
     }
 
     /// Leaves a session where it stands, with what is left of its generation.
-    fn suspend(&mut self, active: Active, layer: Option<usize>) {
+    pub(crate) fn suspend(&mut self, active: Active, layer: Option<usize>) {
         let done = done(&active, "paused", None);
         let Active { key, progress, events, .. } = active;
+        self.unseat(key);
         if let Some(entry) = self.table.get_mut(key) {
             entry.rest = Some(Rest { progress, layer });
             entry.armed = None;
@@ -459,161 +300,18 @@ impl<'a> Worker<'a> {
         let _ = events.send(Event::Done(done));
     }
 
-    fn failed(&mut self, active: Active, error: Error) {
+    pub(crate) fn failed(&mut self, active: Active, error: Error) {
         let Active { key, progress, events, stands, .. } = active;
         match (self.table.get_mut(key), stands) {
             // A resume that fails leaves the session paused there still.
             (Some(entry), Some(layer)) => {
                 entry.rest = Some(Rest { progress, layer });
                 entry.rest();
+                self.unseat(key);
             }
             _ => self.over(key, State::Idle),
         }
         fail(&events, error);
-    }
-
-    // ---- endings -------------------------------------------------------------------------------
-
-    /// Gives up requests that wait and whose client is gone, or that have waited too long.
-    fn sweep(&mut self) {
-        if self.swept.elapsed() < SWEEP {
-            return;
-        }
-        self.swept = Instant::now();
-        let limit_s = self.limits.queue_s;
-        let gone = self.queue.take(|waiting| match waiting {
-            Waiting::New(job, _) => job.events.is_closed() || job.since.elapsed().as_secs_f64() > limit_s,
-            Waiting::Again(active) => active.events.is_closed(),
-        });
-        self.drop_waiting(gone, &Error::QueueTimeout { limit_s });
-    }
-
-    /// Stops whatever a session is doing, so that it can be closed.
-    pub(crate) fn cancel(&mut self, key: u64) {
-        let error = Error::Conflict { message: "the session was deleted".to_owned() };
-        let waiting = self.queue.take(|waiting| match waiting {
-            Waiting::New(_, found) => *found == Some(key),
-            Waiting::Again(active) => active.key == key,
-        });
-        self.drop_waiting(waiting, &error);
-        for active in std::mem::take(&mut self.running) {
-            if active.key == key { self.failed(active, error.clone()) } else { self.running.push(active) }
-        }
-    }
-
-    fn drop_waiting(&mut self, gone: Vec<Waiting>, error: &Error) {
-        for waiting in gone {
-            match waiting {
-                Waiting::New(job, key) => {
-                    if let Some(entry) = key.and_then(|key| self.table.get_mut(key)) {
-                        entry.rest();
-                    }
-                    fail(&job.events, error.clone());
-                }
-                Waiting::Again(active) => self.failed(active, error.clone()),
-            }
-        }
-    }
-
-    /// Begins to end: what has a session is left where it stands, what has none may go on for a while.
-    fn end(&mut self) {
-        self.ending.get_or_insert_with(Instant::now);
-        let waiting = self.queue.take(|_| true);
-        let mut left = std::mem::take(&mut self.running);
-        for one in waiting {
-            match one {
-                Waiting::Again(active) => left.push(active),
-                new @ Waiting::New(..) => self.drop_waiting(vec![new], &Error::ShuttingDown),
-            }
-        }
-        for active in left {
-            let is_named = self.table.get_mut(active.key).is_some_and(|entry| entry.name.is_some());
-            match (is_named, active.stands) {
-                (true, layer) => self.suspend(active, layer.flatten()),
-                (false, _) => self.running.push(active),
-            }
-        }
-    }
-
-    /// No more time for what has no session.
-    fn give_up(&mut self) {
-        for active in std::mem::take(&mut self.running) {
-            self.failed(active, Error::ShuttingDown);
-        }
-        let waiting = self.queue.take(|_| true);
-        self.drop_waiting(waiting, &Error::ShuttingDown);
-    }
-
-    // ---- saved sessions ------------------------------------------------------------------------
-
-    /// Saves one session.
-    pub(crate) fn save(&mut self, key: u64) -> Result<()> {
-        let Some(ledger) = &mut self.ledger else {
-            return Err(Error::Conflict { message: "the server has no --state-dir to save to".to_owned() });
-        };
-        let Some(entry) = self.table.get_mut(key) else { return Ok(()) };
-        let (file, path) = ledger.path_for(key);
-        let record = self.executor.command(&Command::Save { key, path: &path })?;
-        let progress = entry.rest.as_ref().map(|rest| rest.progress.clone());
-        ledger.saved(key, Saved { file, record, state: entry.state, progress })?;
-        entry.is_dirty = false;
-        Ok(())
-    }
-
-    /// Saves all sessions that have a name; how many could not be.
-    pub fn save_all(&mut self) -> usize {
-        let keys: Vec<u64> = self
-            .table
-            .iter()
-            .filter(|entry| entry.name.is_some() && entry.is_dirty && entry.state != State::Lost)
-            .map(|entry| entry.key)
-            .collect();
-        let mut lost = 0;
-        for key in keys {
-            if let Err(error) = self.save(key) {
-                eprintln!("overspill: session {key} is not saved: {error}");
-                lost += 1;
-            }
-        }
-        lost
-    }
-
-    /// Takes up what a ledger has.
-    pub fn load(&mut self, ledger: Ledger, found: Vec<crate::ledger::Opened>) {
-        for session in found {
-            let key = session.key;
-            let loaded = session.saved.as_ref().map(|saved| {
-                let path = ledger.path_of(&saved.file);
-                self.executor.command(&Command::Load { key, path: &path, record: &saved.record })
-            });
-            if let Some(Err(error)) = &loaded {
-                eprintln!("overspill: session {:?} is not loaded: {error}", session.name);
-            }
-            let (state, rest) = match (session.saved, loaded) {
-                (Some(saved), Some(Ok(_))) => {
-                    let layer = if let State::Paused { layer } = saved.state { layer } else { None };
-                    (saved.state, saved.progress.map(|progress| Rest { progress, layer }))
-                }
-                _ => (State::Lost, None),
-            };
-            self.table.insert(Entry {
-                key,
-                owner: session.owner,
-                name: Some(session.name),
-                created: session.created,
-                state,
-                rest,
-                armed: None,
-                is_dirty: false,
-                rolled_back: session.is_dirty && state != State::Lost,
-            });
-        }
-        self.ledger = Some(ledger);
-    }
-
-    fn report(&mut self) -> Result<Live> {
-        let report = self.executor.command(&Command::Report {})?;
-        Ok(Live::new(&report, &self.table, &self.info, self.metrics.tokens()))
     }
 }
 
@@ -621,7 +319,8 @@ fn done(active: &Active, finish: &'static str, calls: Option<Vec<crate::tools::T
     Done { finish, calls, prompt_tokens: active.progress.prompt_tokens, completion_tokens: active.tokens.1 }
 }
 
-fn fail(events: &UnboundedSender<Event>, error: Error) {
+/// Says that it failed.
+pub(crate) fn fail(events: &UnboundedSender<Event>, error: Error) {
     // Nobody may be there to hear it.
     let _ = events.send(Event::Failed(error));
 }

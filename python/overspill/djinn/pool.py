@@ -202,6 +202,16 @@ class SessionPool:
             self._arm()
             return restored
 
+    def turns(self) -> list[Session]:
+        """Does what the scheduler has to do by now; those that asked (:meth:`Session.ask`) and whose turn it is since
+        the last call.
+        """
+        with self._lock:
+            self._settle()
+            keys = set(self._native.turns())
+            self._follow()
+            return [session for session in self._sessions.values() if session._key in keys] if keys else []
+
     # ---- for sessions ----------------------------------------------------------------------------
 
     def _arena_bytes(

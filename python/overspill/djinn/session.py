@@ -364,6 +364,20 @@ class Session:
             self.pool._native.expect(self._key, eta_ms * 1e3)
             self.pool.tick()
 
+    def ask(self, due_ms: float = 0.0) -> None:
+        """Asks for a turn, to start in ``due_ms``: the pool's scheduler brings the session while others compute, and
+        :meth:`SessionPool.turns` says when. Nobody takes its place then until :meth:`end_turn`.
+        """
+        with self.pool._lock:
+            self._ready()
+            self.pool._native.ask(self._key, int(due_ms * 1e3))
+
+    def end_turn(self) -> None:
+        """The session computes no more for now; others may take its place."""
+        with self.pool._lock:
+            self._ready()
+            self.pool._native.end_turn(self._key)
+
     def evict(self) -> None:
         """Sends the session off the device. What is in the host copy already is not copied again."""
         with self.pool._lock:

@@ -186,6 +186,15 @@ class SessionExecutor:
         seat.sampler = Sampler.make(temperature, top_p, seed, logprobs)
         return {"prompt_tokens": seen + len(pending), "cached_tokens": seen, "max_tokens": max_tokens}
 
+    def _ask(self, key: int) -> None:
+        self.seats[key].session.ask()
+
+    def _turns(self) -> list[int]:
+        return [int(session.id) for session in self.pool.turns()]
+
+    def _end_turn(self, key: int) -> None:
+        self.seats[key].session.end_turn()
+
     def _finish(self, key: int) -> None:
         seat = self.seats[key]
         if seat.before is not None:
@@ -194,6 +203,7 @@ class SessionExecutor:
         elif seat.sampler is not None:
             seat.transcript.end(self.tokenizer)
         seat.before = seat.sampler = None
+        seat.session.end_turn()
 
     def _encode(self, told: Transcript, prompt: dict[str, Any], is_first: bool) -> list[int]:
         (kind, value), *_ = prompt.items()
@@ -210,6 +220,8 @@ class SessionExecutor:
         """One forward for all that stand between two tokens and do not mind; by key. If it fails, each will tell by
         itself why.
         """
+        if len(seats) < 2:
+            return {}
 
         def shares(seat: Seat) -> bool:
             return (
@@ -254,7 +266,7 @@ class SessionExecutor:
             seat.pending, seat.before = [], None
             return {"paused": outcome.layer}
         assert isinstance(outcome, Output)
-        return self._after(seat, outcome.logits[0, -1])
+        return self._after(seat, outcome.logits.reshape(-1))
 
     def _choose(self, seat: Seat, sampler: Sampler, logits: torch.Tensor) -> dict[str, Any]:
         token = sampler.choose(logits)

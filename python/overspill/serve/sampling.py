@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,20 @@ from ..errors import SessionError
 COLDEST = 1e-4
 # As OpenAI writes minus infinity.
 LEAST_LOGPROB = -9999.0
+
+
+def likeliest(logits: torch.Tensor) -> tuple[int, float]:
+    """The token with the highest logit, the first of several, and that logit; one that is no number comes before all.
+
+    Between two forwards nothing of this is in the processor's caches, and each of torch's operations takes a tenth of
+    a millisecond then: where logits can be looked at as they are, it is done without.
+    """
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        listed = logits.numpy()
+        best = int(listed.argmax())
+        return best, float(listed[best])
+    value, index = logits.max(-1)
+    return int(index), float(value)
 
 
 @dataclass
@@ -43,8 +58,8 @@ class Sampler:
         Raises:
             SessionError: the model gave no numbers to choose by, as it does when it is steered too far.
         """
-        best = int(logits.argmax())
-        if not bool(logits[best].isfinite()):
+        best, most = likeliest(logits)
+        if not math.isfinite(most):
             raise SessionError("the logits are not finite")
         if self.temperature == 0:
             return best
