@@ -43,11 +43,17 @@ def overhead(model: Path, scratch: Path) -> list[dict[str, Any]]:
     for turn in range(4):
         print(f"answer {turn}", file=sys.stderr, flush=True)
         line = http.client.HTTPConnection(server.address, timeout=300)
-        body = {"prompt": f"Once upon a time, {turn} ", "max_tokens": count, "temperature": 0, "stream": True}
+        # It goes on counting, and so does not end.
+        body = {
+            "prompt": ", ".join(str(turn + number) for number in range(9)) + ",",
+            "max_tokens": count,
+            "temperature": 0,
+            "stream": True,
+        }
         line.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         answer, times = line.getresponse(), []
         for event in answer:
-            # Every token of English is text, and so an event.
+            # Every token is text, and so an event.
             if event.startswith(b"data: {") and b'"finish_reason":null' in event:
                 times.append(time.perf_counter())
         line.close()

@@ -108,6 +108,10 @@ class DjinnPool:
         """
         Gives up a forward: the session is what it was when it began.
         """
+    def ask(self, /, id: SupportsIndex, due_us: SupportsIndex) -> None:
+        """
+        The session has something to compute, and should start `due_us` from now.
+        """
     def begin(self, /, id: SupportsIndex) -> tuple[int, int | None, bool]:
         """
         Starts or resumes a forward: the slab, the layer after which it was paused, and whether any
@@ -128,6 +132,10 @@ class DjinnPool:
     def drop_host_copy(self, /, id: SupportsIndex) -> None:
         """
         Gives up the host copy of a resident session.
+        """
+    def end_turn(self, /, id: SupportsIndex) -> None:
+        """
+        The session computes no more for now, or asks no more.
         """
     def evict(self, /, id: SupportsIndex) -> None:
         """
@@ -202,6 +210,10 @@ class DjinnPool:
     def touch(self, /, id: SupportsIndex, layer: SupportsIndex, stream: SupportsIndex) -> None:
         """
         Makes `stream` wait for what still happens to a layer; call it before the layer is used.
+        """
+    def turns(self, /) -> list[int]:
+        """
+        The sessions that asked and whose turn it is since the last call.
         """
     def unspill(self, /, id: SupportsIndex) -> None:
         """

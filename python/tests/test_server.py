@@ -206,15 +206,18 @@ def test_steering_changes_what_is_said_until_it_ends(server: Server) -> None:
     assert server.complete("steer", 10, session_id=fork).text == expected
 
 
-def test_io_wait_sends_a_session_away_and_it_comes_back_the_same(server: Server) -> None:
+def test_io_wait_sends_a_session_away_and_it_comes_back_the_same(server_processes: Servers) -> None:
+    server = server_processes.start({"slabs": 1})
     plain = [server.complete("io", 6, session_id=server.post("/v1/sessions", {"id": "io-a"}).json["id"]).text]
     plain.append(server.complete("go", 6, session_id="io-a").text)
     server.post("/v1/sessions", {"id": "io-b"})
     waited = [server.complete("io", 6, session_id="io-b").text]
+    assert server.session("io-b")["resident"]
     away = server.post("/v1/sessions/io-b/io_wait", {"eta_ms": 3_600_000}).json
     assert (away["state"], away["resident"]) == ("waiting", False)
     waited.append(server.complete("go", 6, session_id="io-b").text)
     assert waited == plain
+    server.end()
 
 
 def test_a_tool_call_is_a_call_and_the_session_waits(server_processes: Servers) -> None:

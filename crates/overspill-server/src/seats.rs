@@ -421,13 +421,14 @@ mod tests {
     #[test]
     fn a_seat_counts_for_its_key_while_its_session_comes() {
         let mut executor = Fake { away: HashMap::from([(2, 99)]), ..Fake::default() };
-        let mut worker = worker(&mut executor, 3);
-        let mut answers: Vec<_> = ["a0", "a1", "a2"].map(|name| ask(&mut worker, "a", name)).into();
-        answers.push(ask(&mut worker, "b", "b0"));
-        // Of a's requests two have seats, one of which waits for its session; the third waits behind b's.
+        let mut worker = worker(&mut executor, 2);
+        let _first = [ask(&mut worker, "a", "one"), ask(&mut worker, "a", "two")];
         turn(&mut worker, 1);
-        assert_eq!(executor.steps, [[1, 4]]);
-        assert_eq!(executor.asked, [1, 4, 2]);
+        let _then = [ask(&mut worker, "a", "three"), ask(&mut worker, "b", "four")];
+        // When the first of a's is over, a has a seat still, and b has none.
+        turn(&mut worker, 3);
+        assert_eq!(executor.steps, [[1], [1], [1], [4]]);
+        assert_eq!(executor.asked, [1, 2, 4]);
     }
 
     #[test]
