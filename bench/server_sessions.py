@@ -123,7 +123,7 @@ def sessions(model: Path, scratch: Path, count: int = SESSIONS) -> list[dict[str
     spill.mkdir(exist_ok=True)
     server = serve(
         model, scratch / "log", "--session-tokens", str(SESSION_TOKENS), "--arena-budget", str(ROOM * SLAB_BYTES),
-        "--host-budget", "512MiB", "--spill-dir", str(spill),
+        "--host-budget", "512MiB", "--spill-dir", str(spill), "--spill-limit", "2GiB",
     )  # fmt: skip
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     what = f"SmolLM2, trained weights (4 bit, dequantized), fp32, {threads} compute threads"

@@ -28,6 +28,9 @@ pub struct Args {
     /// Where sessions go when host memory is full.
     #[arg(long)]
     spill_dir: Option<PathBuf>,
+    /// Most bytes there, which have to be free at the start.
+    #[arg(long, default_value = "16GiB")]
+    spill_limit: String,
     /// Address and port.
     #[arg(long, default_value = "127.0.0.1:8321")]
     bind: SocketAddr,
@@ -71,6 +74,7 @@ impl Args {
             "vram_budget": self.vram_budget,
             "host_budget": self.host_budget,
             "spill_dir": self.spill_dir,
+            "spill_limit": self.spill_limit,
             "bind": self.bind.to_string(),
             "state_dir": self.state_dir,
             "session_tokens": self.session_tokens,

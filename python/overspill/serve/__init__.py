@@ -31,7 +31,7 @@ def main(options_json: str) -> None:
         arena = CPU_ARENA
     pool = SessionPool(
         model, options["vram_budget"], options["host_budget"], options["spill_dir"],
-        session_tokens=options["session_tokens"], arena_budget=arena,
+        session_tokens=options["session_tokens"], arena_budget=arena, spill_limit=options["spill_limit"],
     )  # fmt: skip
     name = options["name"] or folder.resolve().name
     config = {
