@@ -73,7 +73,7 @@ $(TOOLS)/bin/cargo-deny:
 	cargo install cargo-deny --locked --debug --quiet --version 0.20.2 --root $(TOOLS)
 
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS := container index mode_s mode_d mode_w elias_zstd roundtrip
+FUZZ_TARGETS := container index mode_f mode_g mode_s mode_d mode_w elias_zstd roundtrip
 
 fuzz: $(TOOLS)/bin/cargo-fuzz  ## every fuzz target for FUZZ_SECONDS (60) each; needs a nightly toolchain
 	@for target in $(FUZZ_TARGETS); do \

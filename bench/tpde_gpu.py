@@ -72,7 +72,7 @@ def index_put_ms(segments: int, share: float) -> tuple[float, float] | None:
 
 
 def main() -> None:
-    measured = rows_of("bench") + rows_of("link")
+    measured = rows_of("bench") + rows_of("encode") + rows_of("link")
     segments = 4 * int(os.environ.get("OVERSPILL_COPIES", "100"))
     peers = index_put_ms(segments, 0.0241)
     print("index_put_, in place and after a copy:", peers, "ms", flush=True)

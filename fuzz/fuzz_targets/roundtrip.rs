@@ -11,7 +11,7 @@ fuzz_target!(|input: &[u8]| {
     let dtype = Dtype::from_code(dtype % 22).expect("22 dtypes");
     let options = EncodeOptions {
         kind: if options & 1 == 0 { PatchKind::Relative } else { PatchKind::Absolute },
-        codec: if options & 6 == 6 { CodecChoice::EliasZstd } else { CodecChoice::Auto },
+        codec: [CodecChoice::Auto, CodecChoice::Gpu, CodecChoice::EliasZstd, CodecChoice::Auto][usize::from(options >> 1 & 3)],
         row_words: u64::from(*row),
         first_word: u64::from(*first),
         ..EncodeOptions::default()

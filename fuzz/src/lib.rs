@@ -73,7 +73,7 @@ pub fn cases(mode: ChunkMode) -> Vec<Case> {
                 }
             }
             for kind in [PatchKind::Relative, PatchKind::Absolute] {
-                for codec in [CodecChoice::Auto, CodecChoice::EliasZstd] {
+                for codec in [CodecChoice::Auto, CodecChoice::EliasZstd, CodecChoice::Gpu] {
                     let options = EncodeOptions { kind, codec, row_words: 20, ..EncodeOptions::default() };
                     cases.push(Case::new(Base::Words(&base), &new, dtype, options));
                     cases.push(Case::new(Base::None, &new, dtype, options));

@@ -94,7 +94,7 @@ def pack(
     output: PathType | None = None,
     *,
     absolute: bool = False,
-    codec: Literal["auto", "elias-zstd"] = "auto",
+    codec: Literal["auto", "elias-zstd", "gpu"] = "auto",
     progress: Progress | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     threads: int = 0,

@@ -85,8 +85,9 @@ def test_every_dtype_comes_back(dtype: torch.dtype, share: float, rng: np.random
         "one": random_bits((), dtype, rng),
     }
     final = {name: nudged(tensor, share, rng) for name, tensor in base.items()}
-    for old, absolute in ((base, False), (base, True), (None, False)):
-        packed = tpde.pack(old, final, absolute=absolute)
+    ways = ((base, False, "auto"), (base, False, "gpu"), (base, True, "auto"), (None, False, "auto"))
+    for old, absolute, codec in ways:
+        packed = tpde.pack(old, final, absolute=absolute, codec=codec)
         assert packed.data is not None and packed.packed_bytes == len(packed.data)
         assert_same(tpde.apply(packed.data, old, framework="torch"), final)
     again = tpde.apply(tpde.pack(base, final, absolute=True).data, final)
@@ -241,7 +242,8 @@ def test_a_resident_model_is_patched_step_after_step(device, absolute, tmp_path)
     pointers = [parameter.data_ptr() for parameter in model.to(device).parameters()]
     for seed in range(3):
         final = stepped(model, seed)
-        tpde.pack(model.state_dict(), final, tmp_path / "p.tpde", absolute=absolute)
+        codec = "gpu" if seed == 1 else "auto"
+        tpde.pack(model.state_dict(), final, tmp_path / "p.tpde", absolute=absolute, codec=codec)
         versions = [parameter._version for parameter in model.parameters()]
         made = tpde.open(tmp_path / "p.tpde").apply_(model)
         assert made == tpde.state_id(final)

@@ -177,6 +177,7 @@ pub fn tpde_pack(
     let codec = match codec {
         "auto" => CodecChoice::Auto,
         "elias-zstd" => CodecChoice::EliasZstd,
+        "gpu" => CodecChoice::Gpu,
         other => return Err(PyValueError::new_err(format!("no such codec as {other:?}"))),
     };
     let options = PackOptions { absolute, codec, run: Options { memory_bytes, threads } };

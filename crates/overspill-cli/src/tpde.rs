@@ -36,6 +36,8 @@ enum Codec {
     Auto,
     /// The first design: Elias-delta gaps and Zstandard values.
     EliasZstd,
+    /// What a GPU applies fastest: a few percent larger, and slower on a CPU.
+    Gpu,
 }
 
 #[derive(Debug, Subcommand)]
@@ -148,6 +150,7 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
             let codec = match codec {
                 Codec::Auto => CodecChoice::Auto,
                 Codec::EliasZstd => CodecChoice::EliasZstd,
+                Codec::Gpu => CodecChoice::Gpu,
             };
             let options = PackOptions { absolute, codec, run: options };
             run_pack(base.as_deref(), &final_state, &output, &options, quiet, json)

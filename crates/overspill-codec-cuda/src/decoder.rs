@@ -9,7 +9,7 @@ use overspill_device::nvrtc::{Nvrtc, cache::KernelCache};
 use overspill_device::{Device, DeviceRange, StreamRef, kernels};
 use thiserror::Error;
 
-use crate::plan::{Family, Job, LeftChunk, Places, Plan, THREADS, USUAL_SPARSE_BYTES, sparse_capacity};
+use crate::plan::{Family, Job, LeftChunk, Places, Plan, THREADS, USUAL_SPARSE_BYTES};
 
 /// What a decoder can meet.
 #[derive(Debug, Error)]
@@ -85,6 +85,7 @@ impl DeviceTables {
         Ok(DeviceTables { range })
     }
 
+    /// Address of the first word.
     pub(crate) fn addr(&self) -> u64 {
         self.range.addr()
     }
@@ -116,7 +117,7 @@ impl Decoder {
         let module = device.build(nvrtc, &KernelCache::of_user(), &kernels::TPDE)?;
         let bits = [8, 16, 32];
         let mut names = vec!["tpde_check".to_owned(), "tpde_whole".to_owned()];
-        for family in ["sparse", "dense", "planes"] {
+        for family in ["sparse", "dense", "planes", "flags", "groups"] {
             names.extend(bits.iter().map(|bits| format!("tpde_{family}_{bits}")));
         }
         let found = names.into_iter().map(|name| Ok((name.clone(), module.kernel(&name)?)));
@@ -236,13 +237,12 @@ impl Decoder {
         // What a second round is given is what the usual amount did not hold.
         let sparse_bytes = if only == 0 { self.shared.usual_bytes } else { self.shared.most_bytes };
         for launch in plan.launches.iter().filter(|launch| which(launch.family)) {
-            let capacity = sparse_capacity(sparse_bytes, launch.word_bytes.max(1));
             let shared_bytes = match launch.family {
-                Family::Sparse => capacity * (4 + launch.word_bytes),
+                Family::Sparse => sparse_bytes,
                 _ => launch.shared_bytes,
             };
             let shape = Shape { shared_bytes, ..Shape::linear(launch.blocks, launch.threads) };
-            let args: Vec<Arg> = launch.arguments(places, capacity, only);
+            let args: Vec<Arg> = launch.arguments(places, sparse_bytes, only);
             // SAFETY: the arguments are the kernel's; the memory is the caller's promise.
             unsafe { self.kernel(&launch.kernel).launch(&**stream, shape, &args) }?;
         }

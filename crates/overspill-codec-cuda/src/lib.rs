@@ -12,6 +12,8 @@
 mod again;
 mod decoder;
 mod link;
+mod pack;
+pub mod pack_plan;
 pub mod plan;
 mod resident;
 mod streamed;
@@ -19,6 +21,8 @@ mod streamed;
 pub use again::{Again, NormPlaces};
 pub use decoder::{Applied, Decoder, DeviceTables, Error, Result};
 pub use link::{LinkCodec, LinkPlaces};
+pub use pack::{Packed, PackedSegment, Packer};
+pub use pack_plan::{PackJob, PackMode};
 pub use plan::{Job, LeftChunk, Plan};
 pub use resident::{DevicePatch, Place};
 pub use streamed::{Placed, StreamedPatch};

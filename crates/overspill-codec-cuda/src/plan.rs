@@ -10,13 +10,15 @@ use overspill_device::cuda::Arg;
 /// Threads of a block, but of modes S and D; the kernels are written for it.
 pub const THREADS: u32 = 256;
 /// Threads of a block of mode D: its tables are large, and shared by all warps.
-pub const DENSE_THREADS: u32 = 384;
+pub const DENSE_THREADS: u32 = 768;
+/// Threads of a block of mode G.
+pub const GROUPS_THREADS: u32 = 512;
 /// Threads of a block of mode S. Its first warp decodes alone while the others wait, so small blocks, more of them.
 pub const SPARSE_THREADS: u32 = 128;
-/// Dynamic shared memory that a block of mode S has at first: five blocks fit a multiprocessor of 228 KiB.
-pub const USUAL_SPARSE_BYTES: u32 = 29 << 10;
+/// Dynamic shared memory that a block of mode S has at first: six blocks fit a multiprocessor of 228 KiB.
+pub const USUAL_SPARSE_BYTES: u32 = 18_880;
 /// Bytes of a slot table with one byte a slot, and of the list of its entries.
-const SLOT_BYTES: u32 = 4096 + 1024;
+const SLOT_BYTES: u32 = 4096 + 4 * 261;
 /// Bytes of a slot table with a word a slot.
 const FULL_SLOT_BYTES: u32 = 4 * 4096;
 
@@ -72,6 +74,10 @@ pub enum Family {
     Dense,
     /// Mode W.
     Planes,
+    /// Mode F.
+    Flags,
+    /// Mode G.
+    Groups,
 }
 
 /// A segment without chunks: `out` becomes a copy of `base`, or zeros.
@@ -135,7 +141,7 @@ impl Plan {
                 .copied()
                 .filter(|&i| jobs[i].segment.spec.dtype.word_bytes() == word_bytes as usize);
             let own: Vec<usize> = own.collect();
-            for family in [Family::Sparse, Family::Dense, Family::Planes] {
+            for family in [Family::Sparse, Family::Dense, Family::Planes, Family::Flags, Family::Groups] {
                 for copies in [true, false] {
                     let list: Vec<usize> = own
                         .iter()
@@ -159,19 +165,21 @@ impl Plan {
         let threads = match family {
             Family::Sparse => SPARSE_THREADS,
             Family::Dense => DENSE_THREADS,
-            Family::Check | Family::Planes => THREADS,
+            Family::Groups => GROUPS_THREADS,
+            Family::Check | Family::Planes | Family::Flags => THREADS,
         };
         for &i in list {
             let segment = jobs[i].segment;
-            put(&mut self.segments, &jobs[i], units, self.chunks[i], copies);
+            put_segment(&mut self.segments, &jobs[i], units, self.chunks[i], copies, 0);
             units += match family {
                 Family::Sparse => segment.chunks,
                 // A warp a chunk.
                 _ => segment.chunks.div_ceil(threads / 32),
             };
             shared_bytes = shared_bytes.max(match family {
-                Family::Dense => segment.dense_classes * SLOT_BYTES,
+                Family::Dense | Family::Groups => segment.dense_classes * SLOT_BYTES,
                 Family::Planes => segment.coded_planes * FULL_SLOT_BYTES,
+                Family::Flags => segment.flag_entries * 4,
                 _ => 0,
             });
         }
@@ -180,6 +188,8 @@ impl Plan {
             Family::Sparse => format!("tpde_sparse_{}", word_bytes * 8),
             Family::Dense => format!("tpde_dense_{}", word_bytes * 8),
             Family::Planes => format!("tpde_planes_{}", word_bytes * 8),
+            Family::Flags => format!("tpde_flags_{}", word_bytes * 8),
+            Family::Groups => format!("tpde_groups_{}", word_bytes * 8),
         };
         let count = list.len() as u32;
         self.launches.push(Launch {
@@ -230,23 +240,27 @@ pub struct Places {
     pub bitmap: u64,
 }
 
-/// Symbols that a block of mode S holds in `shared_bytes`.
-pub fn sparse_capacity(shared_bytes: u32, word_bytes: u32) -> u32 {
-    shared_bytes / (4 + word_bytes) / 16 * 16
-}
-
 impl Launch {
-    /// The kernel's arguments, in order. Mode S holds `capacity` symbols and takes only chunks with a bit in the
-    /// bitmap at `only`, if that is not 0.
-    pub fn arguments(&self, places: &Places, capacity: u32, only: u64) -> Vec<Arg> {
+    /// The kernel's arguments, in order. Mode S has `sparse_bytes` for a chunk's symbols and takes only chunks with a
+    /// bit in the bitmap at `only`, if that is not 0.
+    pub fn arguments(&self, places: &Places, sparse_bytes: u32, only: u64) -> Vec<Arg> {
         let list = [Arg::U64(places.segments + self.list_bytes as u64), Arg::U32(self.count)];
         let (status, bitmap) = (Arg::U64(places.status), Arg::U64(places.bitmap));
         let rest = match self.family {
             Family::Check => vec![Arg::U32(0), status],
             Family::Sparse => {
-                vec![Arg::U64(places.tables), Arg::U32(0), Arg::U32(capacity), Arg::U64(only), status, bitmap]
+                vec![
+                    Arg::U64(places.tables),
+                    Arg::U32(0),
+                    Arg::U32(sparse_bytes),
+                    Arg::U64(only),
+                    status,
+                    bitmap,
+                ]
             }
-            Family::Dense | Family::Planes => vec![Arg::U64(places.tables), Arg::U32(0), status, bitmap],
+            Family::Dense | Family::Planes | Family::Flags | Family::Groups => {
+                vec![Arg::U64(places.tables), Arg::U32(0), status, bitmap]
+            }
         };
         list.into_iter().chain(rest).collect()
     }
@@ -256,8 +270,11 @@ impl Launch {
 fn takes(segment: &FlatSegment, family: Family) -> bool {
     let has = match family {
         Family::Check => true,
-        Family::Sparse => segment.sparse != 0 && segment.quant_code() == 0,
+        Family::Sparse => segment.sparse != 0 && !segment.flags && segment.quant_code() == 0,
+        Family::Flags => segment.flags && segment.quant_code() == 0,
         Family::Dense => segment.dense != 0,
+        // What a head has dense tables for is of mode D or G.
+        Family::Groups => segment.dense != 0 && segment.quant_code() == 0,
         Family::Planes => segment.planes != 0,
     };
     has || copier(segment) == family
@@ -268,14 +285,22 @@ fn copier(segment: &FlatSegment) -> Family {
     // Only the dense kernel knows what a quantized block predicts.
     match (segment.quant_code(), segment.sparse, segment.dense, segment.planes) {
         (1.., ..) => Family::Dense,
+        _ if segment.flags => Family::Flags,
         (_, 0, 1.., _) => Family::Dense,
         (_, 0, 0, 1..) => Family::Planes,
         _ => Family::Sparse,
     }
 }
 
-/// The kernels' `struct Segment`.
-fn put(out: &mut Vec<u8>, job: &Job<'_>, first_unit: u32, first_chunk: u32, copies: bool) {
+/// The kernels' `struct Segment`. `one_in` is for the encoders' first look.
+pub(crate) fn put_segment(
+    out: &mut Vec<u8>,
+    job: &Job<'_>,
+    first_unit: u32,
+    first_chunk: u32,
+    copies: bool,
+    one_in: u32,
+) {
     let segment = job.segment;
     let spec = &segment.spec;
     for address in [job.base, job.out, job.blob, job.index, segment.check_term] {
@@ -307,7 +332,7 @@ fn put(out: &mut Vec<u8>, job: &Job<'_>, first_unit: u32, first_chunk: u32, copi
         segment.key_shift,
         segment.key_mask,
         flags,
-        0,
+        one_in,
     ];
     for field in fields {
         out.extend_from_slice(&field.to_le_bytes());

@@ -8,18 +8,24 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use common::{Case, goldens, random, training_step};
+use common::{Case, goldens, packed_as_reference, random, training_step};
 use libloading::{Library, Symbol};
 use overspill_codec::{
-    Base, BaseKind, Dtype, EncodeOptions, FlatTables, LINK_CHUNK_WORDS, LinkFormat, RECORD_BYTES, link_encode,
+    Base, BaseKind, ChunkMode, CodecChoice, Dtype, EncodeOptions, FlatTables, LINK_CHUNK_WORDS, LinkFormat,
+    RECORD_BYTES, link_encode,
 };
-use overspill_codec_cuda::plan::{Family, Job, Places, Plan, THREADS, USUAL_SPARSE_BYTES, sparse_capacity};
+use overspill_codec_cuda::pack_plan::{
+    CELLS, COUNT_THREADS, ChunkPlan, CountPlan, LIST_WORDS, LISTED, OUTCOME_WORDS, PACK_BYTES,
+};
+use overspill_codec_cuda::plan::{Family, Job, Places, Plan, SPARSE_THREADS, THREADS, USUAL_SPARSE_BYTES};
+use overspill_codec_cuda::{PackJob, PackMode};
 use overspill_device::{cuda::Arg, kernels};
 
 type Emulate = unsafe extern "C" fn(*mut std::ffi::c_void, u32, u32, *const u64, u32);
 
 /// The kernels as a library of this machine. One launch at a time.
 static EMULATOR: OnceLock<Option<Mutex<Library>>> = OnceLock::new();
+static ENCODE_EMULATOR: OnceLock<Option<Mutex<Library>>> = OnceLock::new();
 static LINK_EMULATOR: OnceLock<Option<Mutex<Library>>> = OnceLock::new();
 static REBUILD_EMULATOR: OnceLock<Option<Mutex<Library>>> = OnceLock::new();
 
@@ -58,6 +64,10 @@ fn compile(kernels: &kernels::Source) -> Option<Mutex<Library>> {
 
 fn emulator() -> Option<&'static Mutex<Library>> {
     EMULATOR.get_or_init(|| compile(&kernels::TPDE)).as_ref()
+}
+
+fn encode_emulator() -> Option<&'static Mutex<Library>> {
+    ENCODE_EMULATOR.get_or_init(|| compile(&kernels::TPDE_ENCODE)).as_ref()
 }
 
 fn link_emulator() -> Option<&'static Mutex<Library>> {
@@ -141,8 +151,8 @@ fn decode(
         if step.family == Family::Check && !check {
             continue;
         }
-        let capacity = sparse_capacity(capacity_bytes, step.word_bytes.max(1));
-        launch(library, &step.kernel, [step.blocks, step.threads], &step.arguments(&places, capacity, 0));
+        let args = step.arguments(&places, capacity_bytes, 0);
+        launch(library, &step.kernel, [step.blocks, step.threads], &args);
         if status[0] != 0 {
             return Err(status[0]);
         }
@@ -214,6 +224,19 @@ fn a_step_of_training_fits_the_usual_block() {
     let case = Case::encode("a step".into(), Base::Words(&old), new, Dtype::Bf16, &options);
     assert_eq!(case.index.len(), RECORD_BYTES, "one chunk of 2^17 words");
     assert_eq!(decode(&library, &case, true, false, USUAL_SPARSE_BYTES), Ok(Some(case.last.clone())));
+}
+
+#[test]
+fn a_step_of_training_is_flagged() {
+    let Some(emulator) = emulator() else { return };
+    let library = emulator.lock().unwrap_or_else(PoisonError::into_inner);
+    // Several chunks, the last one of a group and a part.
+    let (old, new) = training_step(7, 5.2e-7, (1 << 18) + 5000);
+    let options = EncodeOptions { codec: CodecChoice::Gpu, ..EncodeOptions::default() };
+    let case = Case::encode("a step".into(), Base::Words(&old), new, Dtype::Bf16, &options);
+    assert!(case.index.len() > RECORD_BYTES && case.blob[0] == ChunkMode::Flags as u8);
+    assert_eq!(decode(&library, &case, true, true, 0), Ok(Some(case.last.clone())));
+    assert_eq!(decode(&library, &case, false, true, 0), Ok(Some(case.last.clone())));
 }
 
 #[test]
@@ -394,4 +417,121 @@ fn a_gate_is_rebuilt_as_its_operations_round_it() {
             assert_eq!(product[index], bf16(wide(expected) * wide(ups[index])), "product {index} of {count}");
         }
     }
+}
+
+/// Packs a case with the kernels: head, records' bytes, blob. `None` if it is the host's.
+fn pack(library: &Library, case: &Case, mode: PackMode, capacity_bytes: u32) -> Option<[Vec<u8>; 3]> {
+    let aligned = |bytes: &[u8]| {
+        let mut words: Vec<u128> = bytes
+            .chunks(16)
+            .map(|chunk| {
+                let mut word = [0; 16];
+                word[..chunk.len()].copy_from_slice(chunk);
+                u128::from_le_bytes(word)
+            })
+            .collect();
+        words.push(0);
+        words
+    };
+    let (base, last) = (aligned(&case.base), aligned(&case.last));
+    let job = PackJob { spec: case.spec, base: base.as_ptr() as u64, last: last.as_ptr() as u64 };
+    if !job.is_for_kernels() {
+        return None;
+    }
+    let bits = 8 * case.spec.dtype.word_bytes();
+    let counts = CountPlan::new(&[job]);
+    let aligned_list = |bytes: &[u8]| -> Vec<u64> {
+        bytes.as_chunks::<8>().0.iter().map(|&b| u64::from_le_bytes(b)).collect()
+    };
+    let segments = aligned_list(&counts.segments);
+    let (mut cells, mut list) = (vec![0u64; CELLS.div_ceil(2)], vec![0u32; LIST_WORDS]);
+    let mut grains = vec![0u32; counts.grain_count()];
+    let at = |words: &mut [u32]| Arg::U64(words.as_mut_ptr() as u64);
+    let cells_at = cells.as_mut_ptr() as u64;
+    let args = [Arg::U64(segments.as_ptr() as u64), Arg::U32(1), at(&mut grains), Arg::U64(cells_at)];
+    launch(library, &format!("tpde_count_{bits}"), [grains.len() as u32, COUNT_THREADS], &args);
+    let args = [Arg::U64(cells_at), at(&mut list), Arg::U32(LISTED as u32)];
+    launch(library, "tpde_list", [1, COUNT_THREADS], &args);
+    let head = counts.head(0, &job, mode, &list, &grains)?;
+    let grains_at = grains.as_ptr() as u64;
+    let plan = ChunkPlan::new(&[job], &[Some(head.clone())], &counts, grains_at).expect("the head parses");
+    let chunks = plan.chunk_count() as usize;
+    let (mut outcomes, mut status) = (vec![0u32; OUTCOME_WORDS * chunks], [0u32; 4]);
+    let (mut bitmap, mut cursor) = (vec![0u32; chunks.div_ceil(32)], [0u32]);
+    let mut scratch = vec![0u32; case.last.len() / 2 + 1024];
+    let (mut blob, mut places) = (vec![0u8; case.last.len() * 2 + 4096], Vec::new());
+    if chunks > 0 {
+        let segments = aligned_list(&plan.segments);
+        let units = scratch.len() as u32;
+        let front = [
+            Arg::U64(segments.as_ptr() as u64),
+            Arg::U32(plan.count),
+            Arg::U64(plan.tables.words().as_ptr() as u64),
+        ];
+        let rest = [
+            at(&mut cursor),
+            at(&mut scratch),
+            Arg::U32(units),
+            at(&mut outcomes),
+            at(&mut status),
+            at(&mut bitmap),
+        ];
+        let (name, threads, room) = match mode {
+            PackMode::Sparse => ("encode", SPARSE_THREADS, Some(Arg::U32(capacity_bytes))),
+            PackMode::Flags => ("encode_flags", 32, None),
+        };
+        let args: Vec<Arg> = front.into_iter().chain(room).chain(rest).collect();
+        launch(library, &format!("tpde_{name}_{bits}"), [chunks as u32, threads], &args);
+    }
+    if plan.is_left(0, &bitmap) {
+        return None;
+    }
+    let records = plan.records(0, &outcomes, 0, &mut places);
+    let args = [
+        at(&mut outcomes),
+        Arg::U64(places.as_ptr() as u64),
+        Arg::U32(chunks as u32),
+        at(&mut scratch),
+        Arg::U64(blob.as_mut_ptr() as u64),
+    ];
+    launch(library, "tpde_gather", [chunks.div_ceil(8).max(1) as u32, COUNT_THREADS], &args);
+    blob.truncate(records.last().map_or(0, |record| record.end_bytes as usize));
+    Some([head, records.iter().flat_map(|record| record.to_bytes()).collect(), blob])
+}
+
+#[test]
+fn random_segments_are_packed_as_the_reference_packs_them() {
+    let Some(emulator) = encode_emulator() else { return };
+    let library = emulator.lock().unwrap_or_else(PoisonError::into_inner);
+    let count = std::env::var("OVERSPILL_SEGMENTS").map_or(150, |text| text.parse().expect("a number"));
+    let (mut packed, mut same) = (0, 0);
+    for seed in 0..count {
+        let case = random(seed, 60_000);
+        let mode = if seed.is_multiple_of(3) { PackMode::Flags } else { PackMode::Sparse };
+        if let Some(made) = pack(&library, &case, mode, PACK_BYTES) {
+            packed += 1;
+            let is_same = packed_as_reference(&case, &made);
+            assert!(is_same || mode == PackMode::Sparse || case.mode() != "F", "{}", case.label);
+            same += u32::from(is_same);
+        }
+    }
+    eprintln!("{packed} of {count} packed by kernels, {same} of them the reference's bytes");
+    assert!(packed >= 20 && same * 10 > packed * 8, "{packed} packed, {same} the same");
+}
+
+#[test]
+fn a_step_of_training_is_packed_in_the_usual_room() {
+    let Some(emulator) = encode_emulator() else { return };
+    let library = emulator.lock().unwrap_or_else(PoisonError::into_inner);
+    let (old, new) = training_step(7, 5.2e-7, 1 << 17);
+    let options = EncodeOptions { row_words: 4096, ..EncodeOptions::default() };
+    let flags = EncodeOptions { codec: CodecChoice::Gpu, ..options };
+    let case = Case::encode("a step".into(), Base::Words(&old), new.clone(), Dtype::Bf16, &flags);
+    let made = pack(&library, &case, PackMode::Flags, 0).expect("packed");
+    assert!(packed_as_reference(&case, &made), "other flags than the reference's");
+    let case = Case::encode("a step".into(), Base::Words(&old), new, Dtype::Bf16, &options);
+    let made = pack(&library, &case, PackMode::Sparse, PACK_BYTES).expect("packed");
+    assert!(packed_as_reference(&case, &made), "other bytes than the reference's");
+    // Nothing is packed where there is no room.
+    assert!(pack(&library, &case, PackMode::Sparse, 12 << 10).is_none());
 }

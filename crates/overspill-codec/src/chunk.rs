@@ -5,7 +5,7 @@ use crate::head::{DenseTables, Head};
 use crate::scan::ValueMap;
 use crate::segment::{SegmentSpec, check_len};
 use crate::words::Word;
-use crate::{CodecError, dense, elias, planes, sparse};
+use crate::{CodecError, dense, elias, flags, groups, planes, sparse};
 
 /// How a chunk is coded. Discriminants are the payload's mode byte, except that a chunk of mode
 /// [`ChunkMode::Zero`] has no payload at all.
@@ -25,29 +25,35 @@ pub enum ChunkMode {
     Planes = 4,
     /// Elias-delta gaps and Zstandard values.
     EliasZstd = 5,
+    /// Whether each word changed, and entropy-coded steps, for decoders that go through a chunk once.
+    Flags = 6,
+    /// An entropy-coded step for every word, for such decoders too.
+    Groups = 7,
 }
 
 impl ChunkMode {
     /// All modes, in the order of their codes.
-    pub const ALL: [ChunkMode; 6] = [
+    pub const ALL: [ChunkMode; 8] = [
         ChunkMode::Zero,
         ChunkMode::Raw,
         ChunkMode::Sparse,
         ChunkMode::Dense,
         ChunkMode::Planes,
         ChunkMode::EliasZstd,
+        ChunkMode::Flags,
+        ChunkMode::Groups,
     ];
 
-    /// Short name for reports: `Z raw S D W elias-zstd`.
+    /// Short name for reports: `Z raw S D W elias-zstd F G`.
     pub fn name(self) -> &'static str {
-        ["Z", "raw", "S", "D", "W", "elias-zstd"][self as usize]
+        ["Z", "raw", "S", "D", "W", "elias-zstd", "F", "G"][self as usize]
     }
 
     /// The mode of a payload.
     pub(crate) fn of(payload: &[u8]) -> Result<Self, CodecError> {
         match payload.first() {
             None => Ok(ChunkMode::Zero),
-            Some(&code @ 1..=5) => Ok(ChunkMode::ALL[usize::from(code)]),
+            Some(&code @ 1..=7) => Ok(ChunkMode::ALL[usize::from(code)]),
             Some(_) => Err(CodecError::malformed("chunk", "reserved mode")),
         }
     }
@@ -98,6 +104,14 @@ fn apply_typed<W: Word>(
             planes::decode::<W>(body, tables, spec.dtype.float_layout().is_some(), words)
         }
         ChunkMode::EliasZstd => elias::apply::<W>(body, spec, words),
+        ChunkMode::Groups => {
+            let tables = head.dense.as_ref().ok_or(no_tables)?;
+            groups::apply::<W>(body, &tables.classes, &KeyContext::new(spec, tables), words)
+        }
+        ChunkMode::Flags => {
+            let tables = head.sparse.as_ref().ok_or(no_tables)?;
+            flags::apply::<W>(body, tables, spec, words)
+        }
     }
 }
 

@@ -6,7 +6,7 @@
 use crate::CodecError;
 use crate::bits::{BitReader, BitWriter};
 use crate::gap;
-use crate::rans::SymbolTable;
+use crate::rans::{PROB_BITS, SymbolTable};
 use crate::tables::{Frequencies, get_exp_golomb, get_signed, put_exp_golomb, put_signed};
 use crate::values::magnitude_alphabet;
 
@@ -52,6 +52,8 @@ pub(crate) enum ClassKind {
     Gaps(u32),
     /// Gaps between the changed ones, by a table of their own.
     Clustered,
+    /// Whether each changed, of mode F: how many of 4096 slots are a change's.
+    Flags(u32),
 }
 
 /// One class of a sparse table.
@@ -109,7 +111,7 @@ fn read_ranges(bits: &mut BitReader<'_>) -> Result<Vec<(u8, u8)>, CodecError> {
 
 /// Write a sparse class table. Per class: bit 1 and the signed difference (exp-Golomb 1) of its rate to 4 above the
 /// previous coded rate (at first 8); or bit 0 and 2 bits: 0 still, 1 dense, 2 clustered and the frequency table
-/// of its gaps, 3 reserved. Then, unless still, bit 1 if every magnitude is 1, else bit 0 and a frequency table.
+/// of its gaps, 3 flags and how many of 4096 slots are a change's (12 bits). Then, unless still, bit 1 if every magnitude is 1, else bit 0 and a frequency table.
 pub(crate) fn write_sparse(out: &mut BitWriter, plans: &[ClassPlan]) {
     write_ranges(out, plans.iter().map(|plan| plan.high));
     let mut expected = 8i64;
@@ -128,6 +130,10 @@ pub(crate) fn write_sparse(out: &mut BitWriter, plans: &[ClassPlan]) {
             ClassKind::Clustered => {
                 out.put(0b100, 3);
                 gaps.as_ref().expect("a clustered class has a table of gaps").write(out);
+            }
+            ClassKind::Flags(frequency) => {
+                out.put(0b110, 3);
+                out.put(frequency.into(), PROB_BITS);
             }
         }
         out.put(u64::from(values.is_none()), 1);
@@ -158,7 +164,10 @@ pub(crate) fn read_sparse(bits: &mut BitReader<'_>, alphabet: usize) -> Result<V
                     gaps = Some(Frequencies::read(bits, magnitude_alphabet::<u32>())?.table());
                     ClassKind::Clustered
                 }
-                _ => return Err(CodecError::malformed("class table", "reserved kind")),
+                _ => match bits.get(PROB_BITS)? {
+                    0 => return Err(CodecError::malformed("class table", "flags of no change")),
+                    frequency => ClassKind::Flags(frequency as u32),
+                },
             }
         };
         let values = if kind == ClassKind::Still || bits.get(1)? == 1 {

@@ -3,11 +3,13 @@
 //! stored, and may change with them; the blob is not needed.
 //!
 //! Words of [`FlatTables`], offsets counted from its start, 0 for none:
+//! - the first list lies at 1, and ten of 64 symbols each, of the gaps' quotients, follow one another; from
+//!   652 on each of them has 4096 bytes, the symbol of every slot, which in these lists is also its entry;
 //! - a **list** is the count of its entries and for each, in order of slots, symbol | (frequency - 1) << 8 | first
 //!   slot << 20;
 //! - **sparse**: number of live classes (in order of keys), rows' list | rows' low bits << 24, then three words a
-//!   class: lowest key | highest key << 8 | kind << 16 | low bits << 24 (kind: 0 gaps, 1 dense, 2 clustered), list
-//!   of its gap symbols, list of its value symbols;
+//!   class: lowest key | highest key << 8 | kind << 16 | low bits << 24 (kind: 0 gaps, 1 dense, 2 clustered, 4
+//!   flags), list of its gap symbols or frequency of a change, list of its value symbols;
 //! - **dense**: number of classes, 64 words that hold the class of each key as a byte, the classes' lists;
 //! - **planes**: a list for each byte plane.
 
@@ -21,6 +23,9 @@ use crate::{CodecError, QuantLayout, RECORD_BYTES};
 
 /// Most live classes of mode S that are laid out; segments with more keep their sparse tables to themselves.
 pub const FLAT_CLASSES: usize = 16;
+
+/// Where the slots of the gaps' tables start: behind their ten lists, at a multiple of four words.
+const GAP_SLOTS: usize = 652;
 
 /// Tables of many segments.
 #[derive(Debug, Clone)]
@@ -55,6 +60,10 @@ pub struct FlatSegment {
     pub coded_planes: u32,
     /// Whether rows are context of the sparse tables.
     pub rows: bool,
+    /// Whether the sparse tables are those of mode F.
+    pub flags: bool,
+    /// Entries of all their lists of values.
+    pub flag_entries: u32,
     /// Where the exponent field of a base's word starts.
     pub key_shift: u32,
     /// The exponent field, shifted down; 0 where words have no key.
@@ -90,6 +99,12 @@ impl FlatTables {
         let mut tables = FlatTables { words: vec![0] };
         for rate in gap::RATE_MIN..16 {
             tables.list(gap::table(rate));
+        }
+        tables.words.resize(GAP_SLOTS, 0);
+        for rate in gap::RATE_MIN..16 {
+            let (fours, _) = gap::table(rate).slots().as_chunks::<4>();
+            let symbols = fours.iter().map(|four| u32::from_le_bytes(four.map(|slot| slot as u8)));
+            tables.words.extend(symbols);
         }
         tables
     }
@@ -128,6 +143,8 @@ impl FlatTables {
             dense_classes: 0,
             coded_planes: 0,
             rows: false,
+            flags: false,
+            flag_entries: 0,
             key_shift: keys.shift,
             key_mask: keys.mask.into(),
         };
@@ -155,7 +172,7 @@ impl FlatTables {
         let Some(tables) = &head.sparse else { return };
         let live: Vec<_> = tables.classes.iter().filter(|class| class.kind != ClassKind::Still).collect();
         let unusable = |kind| kind == ClassKind::Dense && !flat.is_step();
-        if live.len() > FLAT_CLASSES || live.iter().any(|class| unusable(class.kind)) {
+        if (live.len() > FLAT_CLASSES && !tables.flags) || live.iter().any(|class| unusable(class.kind)) {
             return;
         }
         let rows = tables.row_rate.map_or(0, |rate| gap_list(rate) | gap::low_bits(rate) << 24);
@@ -163,6 +180,7 @@ impl FlatTables {
         for class in live {
             let (kind, low_bits, gaps) = match (class.kind, &class.gaps) {
                 (ClassKind::Gaps(rate), _) => (0, gap::low_bits(rate), gap_list(rate)),
+                (ClassKind::Flags(frequency), _) => (4, 0, frequency),
                 (_, Some(table)) => (2, 0, self.list(table)),
                 _ => (1, 0, 0),
             };
@@ -172,6 +190,11 @@ impl FlatTables {
         }
         flat.sparse = self.words.len() as u32;
         flat.rows = rows != 0;
+        flat.flags = tables.flags;
+        if flat.flags {
+            let lists = words[2..].chunks_exact(3).map(|class| class[2]).filter(|&list| list != 0);
+            flat.flag_entries = lists.map(|list| self.words[list as usize]).sum();
+        }
         self.words.extend(words);
     }
 
@@ -207,6 +230,10 @@ mod tests {
             for (symbol, &(start, frequency)) in gap::table(rate).ranges.iter().enumerate() {
                 let entry = symbol as u32 | (u32::from(frequency) - 1) << 8 | u32::from(start) << 20;
                 assert_eq!(tables.words()[at + 1 + symbol], entry);
+            }
+            let slots = &tables.words()[GAP_SLOTS + (at - 1) / 65 * 1024..][..1024];
+            for (number, &slot) in gap::table(rate).slots().iter().enumerate() {
+                assert_eq!(slots[number / 4].to_le_bytes()[number % 4], slot as u8);
             }
         }
     }

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use crate::CodecError;
 use crate::bits::{BitReader, BitWriter};
-use crate::classes::{ClassPlan, DenseClass, read_dense, read_sparse, write_dense, write_sparse};
+use crate::classes::{ClassKind, ClassPlan, DenseClass, read_dense, read_sparse, write_dense, write_sparse};
 use crate::gap;
 use crate::planes::{self, PlaneTables};
 use crate::segment::{BaseKind, PatchKind, SEGMENT_WORDS, SegmentSpec};
@@ -149,7 +149,14 @@ fn read_sparse_tables<W: Word>(
         }
     }
     let alphabet = if is_step { magnitude_alphabet::<W>() } else { 256 };
-    Ok(SparseTables { row_rate, classes: read_sparse(bits, alphabet)? })
+    let classes = read_sparse(bits, alphabet)?;
+    let mut kinds = classes.iter().map(|class| class.kind).filter(|&kind| kind != ClassKind::Still);
+    let is_flags = |kind| matches!(kind, ClassKind::Flags(_));
+    let flags = kinds.clone().any(is_flags);
+    if flags && !(kinds.all(is_flags) && is_step && row_rate.is_none()) {
+        return Err(bad("flags beside other classes, rows or final words"));
+    }
+    Ok(SparseTables { row_rate, classes, flags })
 }
 
 impl DenseTables {

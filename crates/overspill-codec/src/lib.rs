@@ -12,13 +12,16 @@
 mod bits;
 mod chunk;
 mod classes;
+mod counted;
 mod dense;
 mod dtype;
 mod elias;
 mod encode;
 mod error;
+mod flags;
 mod flat;
 mod gap;
+mod groups;
 mod half;
 mod head;
 mod link;
@@ -38,6 +41,7 @@ mod values;
 mod words;
 
 pub use chunk::ChunkMode;
+pub use counted::{COUNT_GRAIN_WORDS, SegmentCounts, flags_head, key_field, sampled_one_in, sparse_head};
 pub use dtype::{Dtype, FloatLayout};
 pub use encode::{CodecChoice, EncodeOptions, EncodedSegment, ModeCount, SegmentStats, encode_segment};
 pub use error::CodecError;

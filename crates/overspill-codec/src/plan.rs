@@ -5,6 +5,7 @@
 
 use crate::classes::{ClassKind, ClassPlan, MAX_CLASSES};
 use crate::gap;
+use crate::rans::PROB_TOTAL;
 use crate::tables::{Frequencies, MAX_SYMBOLS};
 
 /// Most classes that the encoder makes for mode S: what a GPU's decoder counts in two registers.
@@ -31,6 +32,12 @@ impl Histogram {
         let row = self.values[usize::from(key)].get_or_insert_with(|| Box::new([0; MAX_SYMBOLS]));
         row[usize::from(symbol)] += 1;
         self.raw_bits += u64::from(raw_bits);
+    }
+
+    /// Count many, whose raw bits are counted elsewhere.
+    pub(crate) fn add_many(&mut self, key: u8, symbol: u8, count: u32) {
+        let row = self.values[usize::from(key)].get_or_insert_with(|| Box::new([0; MAX_SYMBOLS]));
+        row[usize::from(symbol)] += count;
     }
 }
 
@@ -148,18 +155,22 @@ pub(crate) struct SparsePlan {
     pub(crate) bits: f64,
     /// Estimated gap symbols of the segment, and words of dense classes: what a decoder holds at once of a chunk.
     pub(crate) symbols: f64,
+    /// Those of classes whose values have symbols too.
+    pub(crate) valued: f64,
 }
 
 /// Classes for mode S. `coded_share` is the share of words in rows that are coded at all.
 pub(crate) fn sparse(histogram: &Histogram, coded_share: f64, is_step: bool) -> SparsePlan {
     let drafts = drafts(histogram, coded_share, SPARSE_CLASSES, |draft| sparse_cost(draft, is_step));
     let bits = drafts.iter().map(|draft| draft.bits).sum::<f64>() + histogram.raw_bits as f64;
-    let symbols = drafts.iter().map(|draft| match draft.changed {
+    let symbols_of = |draft: &Draft| match draft.changed {
         0.0 => 0.0,
         _ if is_dense(draft, is_step) => draft.population,
         changed => changed,
-    });
-    let symbols = symbols.sum();
+    };
+    let symbols = drafts.iter().map(symbols_of).sum();
+    let has_values = |draft: &&Draft| !is_step || is_dense(draft, is_step) || !only_ones(&draft.values);
+    let valued = drafts.iter().filter(has_values).map(symbols_of).sum();
     let classes = drafts.iter().map(|draft| {
         if draft.changed == 0.0 {
             return ClassPlan { high: draft.high, kind: ClassKind::Still, values: None, gaps: None };
@@ -173,12 +184,42 @@ pub(crate) fn sparse(histogram: &Histogram, coded_share: f64, is_step: bool) -> 
             if is_step && only_ones(&draft.values) { None } else { Some(Frequencies::fit(&draft.values).0) };
         ClassPlan { high: draft.high, kind: ClassKind::Gaps(rate), values, gaps: None }
     });
-    SparsePlan { classes: classes.collect(), bits, symbols }
+    SparsePlan { classes: classes.collect(), bits, symbols, valued }
 }
 
-/// Classes for mode D, and the estimated bits of the segment.
-pub(crate) fn dense(histogram: &Histogram) -> (Vec<(u8, Frequencies)>, f64) {
-    let drafts = drafts(histogram, 1.0, MAX_CLASSES, dense_bits);
+/// Slots of 4096 that stand for a change.
+fn flag_frequency(draft: &Draft) -> u32 {
+    let slots = draft.changed / draft.population * f64::from(PROB_TOTAL);
+    (slots.round() as u32).clamp(1, PROB_TOTAL - 1)
+}
+
+fn flag_bits(draft: &Draft) -> f64 {
+    if draft.changed == 0.0 {
+        return 3.0;
+    }
+    let share = f64::from(flag_frequency(draft)) / f64::from(PROB_TOTAL);
+    let flags = -draft.changed * share.log2() - (draft.population - draft.changed) * (1.0 - share).log2();
+    let values = if only_ones(&draft.values) { 1.0 } else { table_bits(&draft.values, 0.0) };
+    flags + values + draft.changed + 21.0
+}
+
+/// Classes for mode F, and the estimated bits of the segment.
+pub(crate) fn flags(histogram: &Histogram) -> (Vec<ClassPlan>, f64) {
+    let drafts = drafts(histogram, 1.0, MAX_CLASSES, flag_bits);
+    let bits = drafts.iter().map(|draft| draft.bits).sum::<f64>() + histogram.raw_bits as f64;
+    let class = |draft: &Draft| {
+        if draft.changed == 0.0 {
+            return ClassPlan { high: draft.high, kind: ClassKind::Still, values: None, gaps: None };
+        }
+        let values = (!only_ones(&draft.values)).then(|| Frequencies::fit(&draft.values).0);
+        ClassPlan { high: draft.high, kind: ClassKind::Flags(flag_frequency(draft)), values, gaps: None }
+    };
+    (drafts.iter().map(class).collect(), bits)
+}
+
+/// At most `most` classes for modes D and G, and the estimated bits of the segment.
+pub(crate) fn dense(histogram: &Histogram, most: usize) -> (Vec<(u8, Frequencies)>, f64) {
+    let drafts = drafts(histogram, 1.0, most, dense_bits);
     let bits = drafts.iter().map(|draft| draft.bits).sum::<f64>() + histogram.raw_bits as f64;
     (drafts.iter().map(|draft| (draft.high, fit_with_zero(draft))).collect(), bits)
 }

@@ -127,14 +127,20 @@ pub(crate) fn put_words<'a>(words: impl ExactSizeIterator<Item = &'a u16>, out: 
 
 /// Push one symbol onto a state; the word to emit, if any.
 #[inline(always)]
-pub(crate) fn encode_step(state: &mut u32, (start, frequency): (u16, u16)) -> Option<u16> {
+pub(crate) fn encode_step(state: &mut u32, range: (u16, u16)) -> Option<u16> {
+    encode_symbol(state, range, PROB_BITS)
+}
+
+/// As [`encode_step`] for frequencies that sum to 2^`bits`, at most 16.
+#[inline(always)]
+pub(crate) fn encode_symbol(state: &mut u32, (start, frequency): (u16, u16), bits: u32) -> Option<u16> {
     let (mut x, frequency) = (*state, u32::from(frequency));
     let mut word = None;
-    if u64::from(x) >= u64::from(frequency) << (32 - PROB_BITS) {
+    if u64::from(x) >= u64::from(frequency) << (32 - bits) {
         word = Some(x as u16);
         x >>= 16;
     }
-    *state = ((x / frequency) << PROB_BITS) + x % frequency + u32::from(start);
+    *state = ((x / frequency) << bits) + x % frequency + u32::from(start);
     word
 }
 
@@ -183,17 +189,48 @@ impl<'a> Decoder<'a> {
     /// The next symbol.
     #[inline(always)]
     pub(crate) fn symbol(&mut self, slots: &Slots) -> Result<u8, CodecError> {
-        let state = &mut self.states[self.next & self.mask];
+        let lane = self.next & self.mask;
         self.next += 1;
-        let slot = slots[(*state & (PROB_TOTAL - 1)) as usize];
-        let mut x = ((slot >> 8 & 0xfff) + 1) * (*state >> PROB_BITS) + (slot >> 20);
+        self.symbol_of(lane, slots)
+    }
+
+    /// The next symbol of a lane, out of turn.
+    #[inline(always)]
+    pub(crate) fn symbol_of(&mut self, lane: usize, slots: &Slots) -> Result<u8, CodecError> {
+        let x = self.states[lane];
+        let slot = slots[(x & (PROB_TOTAL - 1)) as usize];
+        self.refill(lane, ((slot >> 8 & 0xfff) + 1) * (x >> PROB_BITS) + (slot >> 20))?;
+        Ok(slot as u8)
+    }
+
+    /// Whether the lane's next symbol is the one that the first `frequency` slots are of; the others are of another.
+    /// A symbol that cannot be takes nothing.
+    #[inline(always)]
+    pub(crate) fn flag(&mut self, lane: usize, frequency: u32) -> Result<bool, CodecError> {
+        let x = self.states[lane];
+        let (slot, high) = (x & (PROB_TOTAL - 1), frequency * (x >> PROB_BITS));
+        let is_set = slot < frequency;
+        self.refill(lane, if is_set { high + slot } else { x - frequency - high })?;
+        Ok(is_set)
+    }
+
+    /// The low `count` bits of a lane's state, at most 16, as they are.
+    #[inline(always)]
+    pub(crate) fn pop(&mut self, lane: usize, count: u32) -> Result<u64, CodecError> {
+        let x = self.states[lane];
+        self.refill(lane, x >> count)?;
+        Ok(u64::from(x & ((1 << count) - 1)))
+    }
+
+    #[inline(always)]
+    fn refill(&mut self, lane: usize, mut x: u32) -> Result<(), CodecError> {
         if x < STATE_LOW {
             let (word, rest) = self.words.split_first_chunk::<2>().ok_or(ends_early())?;
             x = x << 16 | u32::from(u16::from_le_bytes(*word));
             self.words = rest;
         }
-        *state = x;
-        Ok(slot as u8)
+        self.states[lane] = x;
+        Ok(())
     }
 
     /// The next `bytes.len()` symbols of one table.

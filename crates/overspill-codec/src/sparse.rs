@@ -39,6 +39,8 @@ pub(crate) struct SparseTables {
     /// Rate of changed rows, if rows are context.
     pub(crate) row_rate: Option<u32>,
     pub(crate) classes: Vec<Class>,
+    /// Whether the classes are those of mode F.
+    pub(crate) flags: bool,
 }
 
 /// How a segment's words are keyed and compared.
@@ -397,6 +399,9 @@ fn decode<W: Word>(
     words: usize,
     rows: Option<usize>,
 ) -> Result<Decoded<W>, CodecError> {
+    if tables.flags {
+        return Err(bad("classes of mode F"));
+    }
     let live: Vec<&Class> = tables.classes.iter().filter(|class| class.kind != ClassKind::Still).collect();
     let mut header = BitReader::new(body);
     let lanes_log2 = header.get(3)?;

@@ -1,6 +1,7 @@
 //! The encoder's first look at a segment: what changed, where, and what that says about chunk size and tables.
 
-use crate::classes::KeyMap;
+use crate::classes::{ClassPlan, KeyMap, MAX_CLASSES};
+use crate::counted::SegmentCounts;
 use crate::gap;
 use crate::head::HeadPlan;
 use crate::plan::{self, Histogram};
@@ -12,7 +13,7 @@ use crate::words::{Word, word_at};
 use crate::{planes, simd, sparse};
 
 /// Words of the smallest chunk that the encoder makes, as a power of two: the grain of its change counts.
-const GRAIN_LOG2: u32 = 15;
+pub(crate) const GRAIN_LOG2: u32 = 15;
 /// Words that are compared, looked at and counted while the caches of a core hold both sides of them.
 const PIECE_WORDS: usize = 4096;
 /// Words of its largest chunk, as a power of two.
@@ -20,15 +21,21 @@ const LARGEST_LOG2: u32 = 22;
 /// Payload that a chunk of mode S is sized for, in bits: large against its record and header (about 40 bytes), and
 /// small enough that a few million words make work for a whole GPU.
 const PAYLOAD_TARGET_BITS: f64 = 8192.0 * 8.0;
-/// What a decoder holds of a chunk of mode S, in bytes: 4 and a word a symbol. Five blocks of a GPU's multiprocessor
-/// have 29 KiB each; chunks differ by a few percent.
-const SYMBOL_BYTES_TARGET: f64 = 0.95 * 29696.0;
+/// What a decoder holds of a chunk of mode S, in bytes: 4 a symbol, and a word for each of a class that has value
+/// symbols. Six blocks of a GPU's multiprocessor have 18,880 each; chunks differ by a few percent.
+const SYMBOL_BYTES_TARGET: f64 = 0.95 * 18_880.0;
+/// Payload that a chunk of mode F or G is sized for, in bits: large against its states (64 bytes more than what they tell).
+const LANES_TARGET_BITS: f64 = 2048.0 * 8.0;
+/// Words of the largest chunk of mode F or G, as a power of two: a warp has one, and a GPU has thousands.
+const LARGEST_LANES_LOG2: u32 = 18;
+/// Most classes of mode G: the tables of two blocks of a GPU fit one of its multiprocessors.
+const GROUPS_CLASSES: usize = 20;
 /// Smaller segments are not cut for that: they are few chunks on any GPU, and a chunk more costs about 60 bytes, 1% of a
 /// sparse patch to a small model.
 const FILLS_A_GPU_WORDS: usize = 1 << 20;
 /// Above this many words, key populations are estimated from one block in eight.
-const SAMPLE_ABOVE_WORDS: usize = 1 << 18;
-const SAMPLE_STRIDE: usize = 8;
+pub(crate) const SAMPLE_ABOVE_WORDS: usize = 1 << 18;
+pub(crate) const SAMPLE_STRIDE: usize = 8;
 /// Rows shorter than this are not worth a bit each.
 const ROW_WORDS_MIN: u64 = 8;
 
@@ -180,6 +187,40 @@ impl<W: Word> Survey<W> {
             return head;
         };
         let (_, map) = sparse::maps(spec);
+        if self.all_sparse(histogram, spec, &mut head) {
+            return head;
+        }
+        let planes = planes::plan::<W>(new, is_float);
+        if map.is_step && spec.base != BaseKind::None {
+            let (classes, bits) = plan::dense(histogram, MAX_CLASSES);
+            if bits < planes.bits_per_word * spec.words as f64 {
+                head.dense = Some(classes);
+                return head;
+            }
+        }
+        head.planes = Some(planes.frequencies);
+        head
+    }
+
+    /// As [`Survey::plan`] for modes F and G; others where there are no steps from words, or final words are shorter.
+    pub(crate) fn plan_gpu(&self, new: &[u8], spec: &SegmentSpec) -> HeadPlan {
+        let steps = spec.base == BaseKind::Words && sparse::maps(spec).1.is_step;
+        let Some(histogram) = self.histogram.as_ref().filter(|_| steps) else { return self.plan(new, spec) };
+        if !is_dense(self.changed(), spec.words) {
+            let (classes, bits) = plan::flags(histogram);
+            return flags_plan(classes, bits, spec);
+        }
+        let (classes, bits) = plan::dense(histogram, GROUPS_CLASSES);
+        let is_float = spec.dtype.float_layout().is_some();
+        if bits >= planes::plan::<W>(new, is_float).bits_per_word * spec.words as f64 {
+            return self.plan(new, spec);
+        }
+        HeadPlan { chunk_log2: lanes_chunk_log2(bits, spec), dense: Some(classes), ..HeadPlan::default() }
+    }
+
+    /// Puts chunk size and sparse tables into `head`; whether no chunk needs any others.
+    fn all_sparse(&self, histogram: &Histogram, spec: &SegmentSpec, head: &mut HeadPlan) -> bool {
+        let (_, map) = sparse::maps(spec);
         let rows = self.row_context(spec);
         let coded_share = rows.map_or(1.0, |(_, share)| share);
         let quantized = matches!(spec.base, BaseKind::Quantized(_));
@@ -187,7 +228,8 @@ impl<W: Word> Survey<W> {
             let plan = plan::sparse(histogram, coded_share, map.is_step);
             let mut share = PAYLOAD_TARGET_BITS / plan.bits;
             if spec.words >= FILLS_A_GPU_WORDS {
-                share = share.min(SYMBOL_BYTES_TARGET / (plan.symbols * (4.0 + W::BYTES as f64)).max(1.0));
+                let bytes = 4.0 * plan.symbols + W::BYTES as f64 * plan.valued;
+                share = share.min(SYMBOL_BYTES_TARGET / bytes.max(1.0));
             }
             let words = share * spec.words as f64;
             head.chunk_log2 = (words.log2() as u32).clamp(GRAIN_LOG2, LARGEST_LOG2);
@@ -202,19 +244,24 @@ impl<W: Word> Survey<W> {
             head.sparse =
                 Some((rows.map(|(rate, _)| rate), plan::sparse(histogram, coded_share, map.is_step).classes));
         }
-        if chunks.clone().all(is_sparse) {
-            return head;
-        }
-        let planes = planes::plan::<W>(new, is_float);
-        if map.is_step && spec.base != BaseKind::None {
-            let (classes, bits) = plan::dense(histogram);
-            if bits < planes.bits_per_word * spec.words as f64 {
-                head.dense = Some(classes);
-                return head;
-            }
-        }
-        head.planes = Some(planes.frequencies);
-        head
+        chunks.clone().all(is_sparse)
+    }
+
+    /// The head of a segment whose chunks are all sparse, from counts that were taken elsewhere; `None` if some are
+    /// not, or rows are context.
+    pub(crate) fn sparse_head(counts: &SegmentCounts, spec: &SegmentSpec) -> Option<Vec<u8>> {
+        let histogram = histogram(counts);
+        let survey = Survey::<W> {
+            changed: vec![],
+            values: vec![],
+            grains: counts.grains.clone(),
+            histogram: None,
+            rows_changed: counts.rows_changed,
+        };
+        let mut head = HeadPlan { chunk_log2: GRAIN_LOG2, ..HeadPlan::default() };
+        let fits = survey.all_sparse(&histogram, spec, &mut head);
+        let rows = head.sparse.as_ref().is_some_and(|(row_rate, _)| row_rate.is_some());
+        (fits && !rows).then(|| head.to_bytes())
     }
 
     /// Rate of changed rows and their share of the words, if telling them apart saves bits.
@@ -229,6 +276,33 @@ impl<W: Word> Survey<W> {
         let cost = gap::cost_bits(self.rows_changed as f64, rows, rate) + 32.0;
         (saved > cost).then_some((rate, share))
     }
+}
+
+/// Words of a chunk of mode F or G whose segment takes `bits`, as a power of two.
+fn lanes_chunk_log2(bits: f64, spec: &SegmentSpec) -> u32 {
+    let words = LANES_TARGET_BITS / bits * spec.words as f64;
+    (words.log2() as u32).clamp(GRAIN_LOG2, LARGEST_LANES_LOG2)
+}
+
+fn flags_plan(classes: Vec<ClassPlan>, bits: f64, spec: &SegmentSpec) -> HeadPlan {
+    let chunk_log2 = lanes_chunk_log2(bits, spec);
+    HeadPlan { chunk_log2, sparse: Some((None, classes)), ..HeadPlan::default() }
+}
+
+/// The head of a segment of mode F from counts that were taken elsewhere.
+pub(crate) fn flags_head(counts: &SegmentCounts, spec: &SegmentSpec) -> Vec<u8> {
+    let (classes, bits) = plan::flags(&histogram(counts));
+    flags_plan(classes, bits, spec).to_bytes()
+}
+
+fn histogram(counts: &SegmentCounts) -> Histogram {
+    let mut histogram = Histogram::new();
+    histogram.population = counts.population;
+    for &(key, symbol, count) in &counts.values {
+        histogram.add_many(key, symbol, count);
+    }
+    histogram.raw_bits = counts.raw_bits;
+    histogram
 }
 
 /// Every word's residual against a prediction. One that is not zero counts as changed.

@@ -54,6 +54,7 @@ fn cases() -> Vec<Case> {
     }
     let blocks = quantize(QuantLayout::Q4_0, &words[..1280], Dtype::Bf16).unwrap();
     let auto = EncodeOptions { row_words: 20, ..EncodeOptions::default() };
+    let gpu = EncodeOptions { codec: CodecChoice::Gpu, ..auto };
     let elias = EncodeOptions { codec: CodecChoice::EliasZstd, ..auto };
     let absolute = EncodeOptions { kind: PatchKind::Absolute, ..auto };
     let noise: Vec<u8> = (0..256).map(|_| rng.u8(..)).collect();
@@ -70,6 +71,8 @@ fn cases() -> Vec<Case> {
             ChunkMode::Dense,
         ),
         ("W", Base::None, &words, Dtype::Bf16, auto, ChunkMode::Planes),
+        ("F", Base::Words(&words), &sparse, Dtype::Bf16, gpu, ChunkMode::Flags),
+        ("G", Base::Words(&words), &dense[..], Dtype::Bf16, gpu, ChunkMode::Groups),
         ("elias-zstd", Base::Words(&words), &sparse, Dtype::Bf16, elias, ChunkMode::EliasZstd),
         ("raw", Base::None, &noise, Dtype::U8, auto, ChunkMode::Raw),
     ];

@@ -65,6 +65,7 @@ proptest! {
                 ..EncodeOptions::default()
             };
             roundtrip(Base::Words(&base), &new, dtype, options);
+            roundtrip(Base::Words(&base), &new, dtype, EncodeOptions { codec: CodecChoice::Gpu, ..options });
             roundtrip(Base::None, &new, dtype, options);
         }
     }
@@ -136,13 +137,24 @@ fn large_segments_use_every_mode() {
                 let options =
                     EncodeOptions { kind, row_words: row as u64, first_word, ..EncodeOptions::default() };
                 let stats = roundtrip(source, &new, dtype, options);
-                for (seen, mode) in seen.iter_mut().zip(stats.modes) {
-                    *seen += mode.chunks;
+                let flags =
+                    roundtrip(source, &new, dtype, EncodeOptions { codec: CodecChoice::Gpu, ..options });
+                for stats in [stats, flags] {
+                    for (seen, mode) in seen.iter_mut().zip(stats.modes) {
+                        *seen += mode.chunks;
+                    }
                 }
             }
         }
     }
-    for mode in [ChunkMode::Zero, ChunkMode::Sparse, ChunkMode::Dense, ChunkMode::Planes] {
+    for mode in [
+        ChunkMode::Zero,
+        ChunkMode::Sparse,
+        ChunkMode::Dense,
+        ChunkMode::Planes,
+        ChunkMode::Flags,
+        ChunkMode::Groups,
+    ] {
         assert!(seen[mode as usize] > 0, "{} was never chosen", mode.name());
     }
 }

@@ -23,6 +23,13 @@ impl Case {
         flat
     }
 
+    /// Name of its first chunk's mode.
+    pub fn mode(&self) -> &'static str {
+        let (mut head, mut index, mut blob) = (&self.head[..], &self.index[..], &self.blob[..]);
+        let view = SegmentView::take(self.spec, &mut head, &mut index, &mut blob).expect("parses");
+        view.mode(0).map_or("none", ChunkMode::name)
+    }
+
     /// Whether some chunk of mode S may have more symbols than a block of the GPU holds.
     pub fn has_many_symbols(&self) -> bool {
         const SYMBOLS: usize = 20_000;
@@ -72,6 +79,19 @@ impl Case {
             || (0..view.chunks()).any(elias)
             || matches!(self.spec.base, BaseKind::Quantized(_)) && view.chunks() == 0
     }
+}
+
+/// Whether what kernels packed is what the reference packed; it must decode to the same words in any case.
+pub fn packed_as_reference(case: &Case, [head, index, blob]: &[Vec<u8>; 3]) -> bool {
+    let (mut head_left, mut index_left, mut blob_left) = (&head[..], &index[..], &blob[..]);
+    let view = SegmentView::take(case.spec, &mut head_left, &mut index_left, &mut blob_left)
+        .unwrap_or_else(|error| panic!("{}: {error}", case.label));
+    assert!(head_left.is_empty() && index_left.is_empty() && blob_left.is_empty(), "{}", case.label);
+    let mut made = vec![0; case.last.len()];
+    view.decode(Base::Words(&case.base), &mut made).unwrap_or_else(|error| panic!("{}: {error}", case.label));
+    let differ = made.iter().zip(&case.last).position(|(a, b)| a != b);
+    assert_eq!(differ, None, "{}", case.label);
+    (head, index, blob) == (&case.head, &case.index, &case.blob)
 }
 
 /// Every golden segment of the codec; `OVERSPILL_GOLDENS` names their folder where the sources are not.
@@ -203,6 +223,7 @@ pub fn random(seed: u64, words_most: usize) -> Case {
         kind: if quantize_to.is_none() && base_kind == 6 { PatchKind::Absolute } else { PatchKind::Relative },
         row_words: row_words as u64,
         first_word: if row_words == 0 { 0 } else { rng.u64(..5000) },
+        codec: if seed.is_multiple_of(3) { CodecChoice::Gpu } else { CodecChoice::Auto },
         ..EncodeOptions::default()
     };
     let label = format!("seed {seed}: {} {words} words, base {base_kind}, {share}", dtype.name());

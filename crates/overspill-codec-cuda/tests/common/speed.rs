@@ -3,12 +3,12 @@
 use std::time::Instant;
 
 use overspill_codec::*;
-use overspill_codec_cuda::{Job, LinkCodec, LinkPlaces};
+use overspill_codec_cuda::{Job, LinkCodec, LinkPlaces, PackJob, PackMode, Packed};
 use overspill_device::cuda::CudaDevice;
 use overspill_device::{Device, DeviceRange, EventRef};
 
 use super::Rig;
-use super::common::{Case, bf16, normal, training_step};
+use super::common::{Case, bf16, normal, packed_as_reference, training_step};
 use super::host_link::{self, Link};
 
 const WORDS: usize = 1 << 24;
@@ -30,11 +30,11 @@ fn lr_for(share: f64) -> f32 {
     low
 }
 
-fn cases(lr: f32, standalone: bool) -> Vec<Case> {
+fn cases(lr: f32, standalone: bool, codec: CodecChoice) -> Vec<Case> {
     let make = |seed| {
         let (old, new) = training_step(seed, lr, WORDS);
         let base = if standalone { Base::None } else { Base::Words(&old) };
-        let options = EncodeOptions { row_words: 4096, ..EncodeOptions::default() };
+        let options = EncodeOptions { row_words: 4096, codec, ..EncodeOptions::default() };
         let mut case = Case::encode(String::new(), base, new, Dtype::Bf16, &options);
         case.base = old;
         case
@@ -89,13 +89,19 @@ pub fn measure(rig: &Rig, sparse_only: bool) {
     let bases = rig.device.alloc_device(raw_bytes).expect("memory");
     println!("{segments} segments of 2^24 bf16 words, {:.2} GB raw; random weights", raw_bytes as f64 / 1e9);
     let mut links = Vec::new();
-    for (name, lr, standalone) in
-        [("sparse", lr_for(0.024), false), ("dense", lr_for(0.6), false), ("standalone", 1e-6, true)]
-    {
-        if sparse_only && name != "sparse" {
+    let (sparse_lr, dense_lr) = (lr_for(0.024), lr_for(0.6));
+    for (name, lr, codec) in [
+        ("sparse", sparse_lr, CodecChoice::Gpu),
+        ("dense", dense_lr, CodecChoice::Gpu),
+        ("standalone", 1e-6, CodecChoice::Auto),
+        ("smallest_sparse", sparse_lr, CodecChoice::Auto),
+        ("smallest_dense", dense_lr, CodecChoice::Auto),
+    ] {
+        if sparse_only && name != "smallest_sparse" {
             continue;
         }
-        let cases = cases(lr, standalone);
+        let standalone = name == "standalone";
+        let cases = cases(lr, standalone, codec);
         let mut tables = FlatTables::new();
         let flats: Vec<FlatSegment> =
             (0..segments).map(|i| cases[i % cases.len()].flat(&mut tables)).collect();
@@ -109,7 +115,7 @@ pub fn measure(rig: &Rig, sparse_only: bool) {
             .map(|case| place(&rig.device, &case.index, copies, case.index.len().next_multiple_of(256)))
             .collect();
         // The weights of a seed are the same in every workload.
-        for i in (0..segments).filter(|_| name == "sparse") {
+        for i in (0..segments).filter(|_| name == "sparse" || sparse_only) {
             let range = i * WORDS * 2..(i + 1) * WORDS * 2;
             rig.device
                 .write(&bases.slice(range).expect("inside"), &cases[i % cases.len()].base)
@@ -166,14 +172,23 @@ pub fn measure(rig: &Rig, sparse_only: bool) {
                 );
                 let rate = raw_bytes as f64 / gpu_ms / 1e9;
                 let what = format!(
-                    "{:.2} GB of bf16 in {segments} segments, random weights N(0, 0.02), {:.2}% changed, ratio {:.1}, \
-                     patch in VRAM, median of 4",
+                    "{:.2} GB of bf16 in {segments} segments, random weights N(0, 0.02), mode {}, {:.2}% changed, \
+                     ratio {:.1}, patch in VRAM, median of 4",
                     raw_bytes as f64 / 1e9,
+                    cases[0].mode(),
                     100.0 * changed / CONTENTS as f64,
                     raw_bytes as f64 / packed as f64
                 );
                 match (name, in_place, check) {
                     _ if sparse_only => {}
+                    ("smallest_sparse", true, true) => {
+                        row(
+                            "tpde.gpu.smallest_apply_7b_ms",
+                            wall_ms,
+                            "ms",
+                            &format!("{what}; as apply_7b_ms"),
+                        );
+                    }
                     ("sparse", true, true) => {
                         row(
                             "tpde.gpu.apply_7b_ms",
@@ -207,7 +222,7 @@ pub fn measure(rig: &Rig, sparse_only: bool) {
                     assert!(made == cases[i % cases.len()].last, "segment {i} differs");
                 }
             }
-            if !sparse_only && !in_place {
+            if !sparse_only && !in_place && !name.starts_with("smallest") {
                 links.push(host_link::measure(rig, &cases, &jobs, &tables, &finals));
             }
         }
@@ -229,6 +244,66 @@ pub fn measure(rig: &Rig, sparse_only: bool) {
         "copy of {:.2} GB: {gpu_ms:.2} ms, {:.3} TB/s read + written",
         raw_bytes as f64 / 1e9,
         2.0 * raw_bytes as f64 / gpu_ms / 1e9
+    );
+}
+
+/// Packs the sparse workload, segment i the content i modulo the cases.
+pub fn encode(rig: &Rig) {
+    let copies: usize = std::env::var("OVERSPILL_COPIES").map_or(100, |text| text.parse().expect("a number"));
+    let segments = copies * CONTENTS as usize;
+    let raw_bytes = segments * WORDS * 2;
+    let bases = rig.device.alloc_device(raw_bytes).expect("memory");
+    let finals = rig.device.alloc_device(raw_bytes).expect("memory");
+    let cases = cases(lr_for(0.024), false, CodecChoice::Gpu);
+    let mut jobs = Vec::new();
+    for i in 0..segments {
+        let (at, case) = (i * WORDS * 2, &cases[i % cases.len()]);
+        let range = at..at + WORDS * 2;
+        rig.device.write(&bases.slice(range.clone()).expect("inside"), &case.base).expect("write");
+        rig.device.write(&finals.slice(range).expect("inside"), &case.last).expect("write");
+        let at = at as u64;
+        jobs.push(PackJob { spec: case.spec, base: bases.addr() + at, last: finals.addr() + at });
+    }
+    let changed: f64 = cases.iter().map(|case| share_changed(&case.base, &case.last)).sum();
+    let changed_pct = 100.0 * changed / CONTENTS as f64;
+    let mut made: Option<Packed> = None;
+    let mut all = Vec::new();
+    for _ in 0..5 {
+        drop(made.take());
+        all.push(timed(rig, || {
+            // SAFETY: the ranges live, and nothing writes to them.
+            made = Some(unsafe { rig.packer.pack(&rig.stream, &jobs, PackMode::Flags) }.expect("packs"));
+        }));
+    }
+    all.remove(0);
+    let Timed { wall_ms, gpu_ms } = median(all);
+    let made = made.expect("packed");
+    let left = made.segments.iter().filter(|segment| segment.is_none()).count();
+    assert_eq!(left, 0, "segments were left to the host");
+    let mut same = 0;
+    for i in [0, 1, 2, jobs.len() - 1] {
+        let (case, segment) =
+            (&cases[i % cases.len()], made.segments[i].as_ref().expect("packed by kernels"));
+        let range = segment.blob_start as usize..(segment.blob_start + segment.blob_bytes()) as usize;
+        let blob = rig.device.read(&made.blob.slice(range).expect("inside")).expect("read");
+        let index = segment.records.iter().flat_map(|record| record.to_bytes()).collect();
+        same += u32::from(packed_as_reference(case, &[segment.head.clone(), index, blob]));
+    }
+    println!(
+        "encode: wall {wall_ms:.2} ms, GPU {gpu_ms:.2} ms, ratio {:.2}, {same} of 4 segments looked at are the reference's bytes",
+        raw_bytes as f64 / made.blob_bytes as f64
+    );
+    row(
+        "tpde.gpu.encode_7b_ms",
+        wall_ms,
+        "ms",
+        &format!(
+            "{:.2} GB of bf16 in {} segments, random weights N(0, 0.02), mode F, {changed_pct:.2}% changed, ratio {:.1}, base and \
+             final in VRAM, payloads in VRAM, wall clock with heads made on the host, median of 4",
+            raw_bytes as f64 / 1e9,
+            jobs.len(),
+            raw_bytes as f64 / made.blob_bytes as f64
+        ),
     );
 }
 

@@ -21,6 +21,7 @@
 
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct float2 { float x, y; };
 struct dim3 { unsigned x, y, z; };
 static inline uint2 make_uint2(unsigned x, unsigned y) { return { x, y }; }
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return { x, y, z, w }; }
@@ -179,6 +180,8 @@ static inline unsigned __byte_perm(unsigned low, unsigned high, unsigned take) {
     return made;
 }
 template <typename T> static inline T __ldg(const T* p) { return *p; }
+template <typename T> static inline T __ldcs(const T* p) { return *p; }
+template <typename T> static inline void __stcs(T* p, T value) { *p = value; }
 template <typename T> static inline T atomicCAS(T* p, T expected, T value) {
     T old = *p;
     if (old == expected) *p = value;
@@ -188,6 +191,9 @@ template <typename T> static inline T atomicOr(T* p, T value) { T old = *p; *p =
 template <typename T> static inline T atomicAdd(T* p, T value) { T old = *p; *p = old + value; return old; }
 static inline unsigned __float_as_uint(float x) { unsigned bits; memcpy(&bits, &x, 4); return bits; }
 static inline float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 4); return x; }
+static inline unsigned __float2uint_rz(float x) { return (unsigned)x; }
+static inline float __uint2float_rz(unsigned x) { return (float)(x & (x < 1u << 24 ? ~0u : ~0u << (8 - __builtin_clz(x)))); }
+static inline void __threadfence_block() {}
 static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __fadd_rn(float a, float b) { return a + b; }
 

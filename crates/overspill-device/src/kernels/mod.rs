@@ -17,7 +17,26 @@ pub const MEMORY: Source = Source { name: "memory.cu", text: include_str!("memor
 /// Decoders of TPDE's chunk modes; `overspill-codec-cuda` launches them.
 pub const TPDE: Source = Source {
     name: "tpde.cu",
-    text: concat!(include_str!("tpde.cuh"), include_str!("tpde_sparse.cu"), include_str!("tpde_lanes.cu")),
+    text: concat!(
+        include_str!("tpde.cuh"),
+        include_str!("tpde_window.cuh"),
+        include_str!("tpde_sparse.cu"),
+        include_str!("tpde_lanes.cu"),
+        include_str!("tpde_flags.cu"),
+        include_str!("tpde_groups.cu")
+    ),
+    options: &[],
+};
+
+/// Encoders of TPDE's modes S and F; `overspill-codec-cuda` launches them.
+pub const TPDE_ENCODE: Source = Source {
+    name: "tpde_encode.cu",
+    text: concat!(
+        include_str!("tpde.cuh"),
+        include_str!("tpde_window.cuh"),
+        include_str!("tpde_encode.cu"),
+        include_str!("tpde_encode_flags.cu")
+    ),
     options: &[],
 };
 
@@ -28,4 +47,4 @@ pub const LINK: Source = Source { name: "link.cu", text: include_str!("link.cu")
 pub const REBUILD: Source = Source { name: "rebuild.cu", text: include_str!("rebuild.cu"), options: &[] };
 
 /// Every file, for builds that compile them all.
-pub const ALL: &[Source] = &[MEMORY, TPDE, LINK, REBUILD];
+pub const ALL: &[Source] = &[MEMORY, TPDE, TPDE_ENCODE, LINK, REBUILD];

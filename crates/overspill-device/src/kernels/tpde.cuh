@@ -188,6 +188,61 @@ struct Words {
     __device__ const u8* rest() const { return start + 2ull * pulled; }
 };
 
+#define RING_WORDS 256u
+
+// As `Words`, with 256 words in shared memory, so that four steps go by between two looks at what is left.
+struct Stream {
+    u16* ring;
+    const u32* from;  // this lane's next three aligned words
+    u32 left;         // aligned words from there to the end, or 0
+    u32 shift;        // of a lane's bytes in them
+    u32 bytes;        // of the stream
+    u32 taken;        // bytes taken out
+    u32 blocks;       // blocks of 128 words brought in
+    u32 ahead[3];
+    __device__ void fetch() {
+#pragma unroll
+        for (u32 i = 0; i < 3; i++) ahead[i] = i < left ? __ldg(from + i) : 0;
+        from += 64;
+        left = left > 64 ? left - 64 : 0;
+    }
+    __device__ void bring(u32 lane) {
+        u32* to = (u32*)ring + (blocks & 1) * 64 + 2 * lane;
+        // What lies behind the end is never taken by a stream that ends where it should.
+        to[0] = __funnelshift_r(ahead[0], ahead[1], shift);
+        to[1] = __funnelshift_r(ahead[1], ahead[2], shift);
+        blocks++;
+        fetch();
+        __syncwarp();
+    }
+    __device__ void open(u16* to, const u8* start, const u8* end, u32 lane) {
+        ring = to; bytes = (u32)(end - start); taken = 0; blocks = 0;
+        const u32* aligned = (const u32*)((u64)start & ~3ull);
+        u32 all = (u32)((u64)(end - (const u8*)aligned + 3) / 4);
+        shift = ((u32)(u64)start & 3) * 8;
+        from = aligned + 2 * lane;
+        left = all > 2 * lane ? all - 2 * lane : 0;
+        fetch();
+        __syncwarp();
+        bring(lane);
+        bring(lane);
+    }
+    // Before four steps.
+    __device__ void keep(u32 lane) {
+        if ((taken >> 8) + 2 > blocks) {
+            __syncwarp();
+            bring(lane);
+        }
+    }
+    __device__ u32 pull(bool needs, u32 state, u32 below) {
+        u32 who = __ballot_sync(ALL, needs);
+        u32 word = *(const u16*)((const u8*)ring + ((taken + 2 * __popc(who & below)) & (2 * RING_WORDS - 2)));
+        taken += 2 * __popc(who);
+        return needs ? state << 16 | word : state;
+    }
+    __device__ bool ended() const { return taken == bytes; }
+};
+
 // A frequency list of the arena: count, then symbol | (frequency - 1) << 8 | first slot << 20, by first slot.
 // `slots` gets for each of 4096 slots the number of its entry; `share` of `shares` threads.
 static __device__ void fill_slots(u8* slots, const u32* list, u32 share, u32 shares) {
@@ -209,6 +264,61 @@ static __device__ void fill_slots(u8* slots, const u32* list, u32 share, u32 sha
             }
         }
         *(u32*)(slots + slot) = four;
+    }
+}
+
+// Eight words of a lane.
+template <typename W> struct Eight {
+    u32 parts[2 * sizeof(W)];
+    __device__ W word(u32 i) const { return (W)(parts[i * sizeof(W) / 4] >> (8 * (i * sizeof(W) % 4))); }
+};
+
+// `words` words of `from` from `first` on, zeros behind them. `aligned`: the first of eight lies at a multiple of 16.
+template <typename W>
+static __device__ Eight<W> load_eight(const W* from, u32 first, u32 words, bool aligned) {
+    Eight<W> made;
+    if (aligned && first + 8 <= words) {
+        const u32* at = (const u32*)(from + first);
+        if (sizeof(W) == 1) {
+            uint2 two = *(const uint2*)at;
+            made.parts[0] = two.x; made.parts[1] = two.y;
+        } else {
+#pragma unroll
+            for (u32 i = 0; i < (sizeof(W) + 1) / 2; i++) {
+                uint4 four = ((const uint4*)at)[i];
+                made.parts[4 * i] = four.x; made.parts[4 * i + 1] = four.y;
+                made.parts[4 * i + 2] = four.z; made.parts[4 * i + 3] = four.w;
+            }
+        }
+        return made;
+    }
+#pragma unroll
+    for (u32 i = 0; i < 2 * sizeof(W); i++) made.parts[i] = 0;
+#pragma unroll
+    for (u32 i = 0; i < 8; i++) {
+        if (first + i < words) made.parts[i * sizeof(W) / 4] |= (u32)from[first + i] << (8 * (i * sizeof(W) % 4));
+    }
+    return made;
+}
+
+template <typename W>
+static __device__ void store_eight(W* to, u32 first, u32 words, bool aligned, const Eight<W>& eight) {
+    if (aligned && first + 8 <= words) {
+        u32* at = (u32*)(to + first);
+        if (sizeof(W) == 1) {
+            *(uint2*)at = make_uint2(eight.parts[0], eight.parts[1]);
+        } else {
+#pragma unroll
+            for (u32 i = 0; i < (sizeof(W) + 1) / 2; i++) {
+                ((uint4*)at)[i] = make_uint4(eight.parts[4 * i], eight.parts[4 * i + 1], eight.parts[4 * i + 2],
+                                             eight.parts[4 * i + 3]);
+            }
+        }
+        return;
+    }
+#pragma unroll
+    for (u32 i = 0; i < 8; i++) {
+        if (first + i < words) to[first + i] = eight.word(i);
     }
 }
 
@@ -277,7 +387,7 @@ static __device__ void copy_chunk(const Segment& segment, Payload payload, u32 f
 
 // A payload whose mode this kernel does not decode: another launch does, or the host.
 static __device__ void not_here(const Segment& segment, u32 mode, Status* status, u32* bitmap, u32 chunk) {
-    if (mode > 5) fail(status, RESERVED_MODE, chunk);
+    if (mode > 7) fail(status, RESERVED_MODE, chunk);
     else if (!(segment.flags & COPIES)) return;
-    else if (!(mode == 3 && segment.dense) && !(mode == 4 && segment.planes)) leave(status, bitmap, chunk);
+    else if (!((mode == 3 || (mode == 7 && !QUANT(segment.flags))) && segment.dense) && !(mode == 4 && segment.planes)) leave(status, bitmap, chunk);
 }

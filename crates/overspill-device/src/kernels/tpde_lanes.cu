@@ -1,125 +1,18 @@
 // Modes W and D (and Z and raw of segments without mode S): one warp a chunk; eight chunks of a segment a block, in
-// mode D twelve, which share the slot tables in dynamic shared memory. Symbol n is word n, so a warp's step makes 32
+// mode D twenty-four, which share the slot tables in dynamic shared memory. Symbol n is word n, so a warp's step makes 32
 // words. What bounds these kernels is how many instructions they issue, so eight steps at a time leave their symbols
 // in shared memory, and each lane then takes eight words that stand side by side through everything else.
 
-#define DENSE_THREADS 384u
+#define DENSE_THREADS 768u
 #define DENSE_WARPS (DENSE_THREADS / 32)
 
+// Words between the entries of two classes; odd, as the same symbol is frequent in all of them.
+#define ENTRY_STRIDE 261u
 #define GROUP_STEPS 8u
 #define GROUP_WORDS (32 * GROUP_STEPS)
-#define RING_WORDS 256u
 
 template <typename W> struct PlanesShared { u16 rings[WARPS][sizeof(W)][RING_WORDS]; u8 symbols[WARPS][sizeof(W)][GROUP_WORDS]; };
 struct DenseShared { u16 rings[DENSE_WARPS][RING_WORDS]; u8 symbols[DENSE_WARPS][GROUP_WORDS]; u8 class_of[256]; };
-
-// As `Words`, with 256 words in shared memory, so that four steps go by between two looks at what is left.
-struct Stream {
-    u16* ring;
-    const u32* from;  // this lane's next three aligned words
-    u32 left;         // aligned words from there to the end, or 0
-    u32 shift;        // of a lane's bytes in them
-    u32 bytes;        // of the stream
-    u32 taken;        // bytes taken out
-    u32 blocks;       // blocks of 128 words brought in
-    u32 ahead[3];
-    __device__ void fetch() {
-#pragma unroll
-        for (u32 i = 0; i < 3; i++) ahead[i] = i < left ? __ldg(from + i) : 0;
-        from += 64;
-        left = left > 64 ? left - 64 : 0;
-    }
-    __device__ void bring(u32 lane) {
-        u32* to = (u32*)ring + (blocks & 1) * 64 + 2 * lane;
-        // What lies behind the end is never taken by a stream that ends where it should.
-        to[0] = __funnelshift_r(ahead[0], ahead[1], shift);
-        to[1] = __funnelshift_r(ahead[1], ahead[2], shift);
-        blocks++;
-        fetch();
-        __syncwarp();
-    }
-    __device__ void open(u16* to, const u8* start, const u8* end, u32 lane) {
-        ring = to; bytes = (u32)(end - start); taken = 0; blocks = 0;
-        const u32* aligned = (const u32*)((u64)start & ~3ull);
-        u32 all = (u32)((u64)(end - (const u8*)aligned + 3) / 4);
-        shift = ((u32)(u64)start & 3) * 8;
-        from = aligned + 2 * lane;
-        left = all > 2 * lane ? all - 2 * lane : 0;
-        fetch();
-        __syncwarp();
-        bring(lane);
-        bring(lane);
-    }
-    // Before four steps.
-    __device__ void keep(u32 lane) {
-        if ((taken >> 8) + 2 > blocks) {
-            __syncwarp();
-            bring(lane);
-        }
-    }
-    __device__ u32 pull(bool needs, u32 state, u32 below) {
-        u32 who = __ballot_sync(ALL, needs);
-        u32 word = *(const u16*)((const u8*)ring + ((taken + 2 * __popc(who & below)) & (2 * RING_WORDS - 2)));
-        taken += 2 * __popc(who);
-        return needs ? state << 16 | word : state;
-    }
-    __device__ bool ended() const { return taken == bytes; }
-};
-
-// Eight words of a lane.
-template <typename W> struct Eight {
-    u32 parts[2 * sizeof(W)];
-    __device__ W word(u32 i) const { return (W)(parts[i * sizeof(W) / 4] >> (8 * (i * sizeof(W) % 4))); }
-};
-
-// `words` words of `from` from `first` on, zeros behind them. `aligned`: the first of eight lies at a multiple of 16.
-template <typename W>
-static __device__ Eight<W> load_eight(const W* from, u32 first, u32 words, bool aligned) {
-    Eight<W> made;
-    if (aligned && first + 8 <= words) {
-        const u32* at = (const u32*)(from + first);
-        if (sizeof(W) == 1) {
-            uint2 two = *(const uint2*)at;
-            made.parts[0] = two.x; made.parts[1] = two.y;
-        } else {
-#pragma unroll
-            for (u32 i = 0; i < (sizeof(W) + 1) / 2; i++) {
-                uint4 four = ((const uint4*)at)[i];
-                made.parts[4 * i] = four.x; made.parts[4 * i + 1] = four.y;
-                made.parts[4 * i + 2] = four.z; made.parts[4 * i + 3] = four.w;
-            }
-        }
-        return made;
-    }
-#pragma unroll
-    for (u32 i = 0; i < 2 * sizeof(W); i++) made.parts[i] = 0;
-#pragma unroll
-    for (u32 i = 0; i < 8; i++) {
-        if (first + i < words) made.parts[i * sizeof(W) / 4] |= (u32)from[first + i] << (8 * (i * sizeof(W) % 4));
-    }
-    return made;
-}
-
-template <typename W>
-static __device__ void store_eight(W* to, u32 first, u32 words, bool aligned, const Eight<W>& eight) {
-    if (aligned && first + 8 <= words) {
-        u32* at = (u32*)(to + first);
-        if (sizeof(W) == 1) {
-            *(uint2*)at = make_uint2(eight.parts[0], eight.parts[1]);
-        } else {
-#pragma unroll
-            for (u32 i = 0; i < (sizeof(W) + 1) / 2; i++) {
-                ((uint4*)at)[i] = make_uint4(eight.parts[4 * i], eight.parts[4 * i + 1], eight.parts[4 * i + 2],
-                                             eight.parts[4 * i + 3]);
-            }
-        }
-        return;
-    }
-#pragma unroll
-    for (u32 i = 0; i < 8; i++) {
-        if (first + i < words) to[first + i] = eight.word(i);
-    }
-}
 
 // Opens an entropy-coded part: 32 states, then words. False if it is too short or a state is out of range.
 template <typename S>
@@ -159,7 +52,7 @@ static __device__ bool take_part(const u8*& at, const u8* end, const u8*& from, 
 struct Work {
     const Segment* segment;
     Payload payload;
-    u32 first, words, number, mode;
+    u32 chunk, first, words, number, mode;
     bool mine;
 };
 
@@ -168,7 +61,7 @@ static __device__ Work work_of(const Segment* segments, u32 count, u32 first_uni
     Work work;
     work.segment = &segment_of(segments, count, unit);
     const Segment& segment = *work.segment;
-    u32 chunk = (unit - segment.first) * warps + warp;
+    u32 chunk = work.chunk = (unit - segment.first) * warps + warp;
     work.mine = false;
     if (chunk >= segment.chunks) return work;
     work.payload = payload_of(segment, chunk);
@@ -495,7 +388,7 @@ static __device__ void quantized_words(const Work& work, const DenseTables& tabl
         next = after;
         after.fetch(segment, min(++block + 1, last), lane);
         u32 c = tables.class_of[predicted.key];
-        u32 entry = tables.entries[256 * c + tables.slots[4096 * c + (state & 4095)]];
+        u32 entry = tables.entries[ENTRY_STRIDE * c + tables.slots[4096 * c + (state & 4095)]];
         u32 symbol = step_lane(state, words, entry, active, lane, below), least, width;
         bool changed = active && symbol != 0;
         fits = (magnitude(symbol, bits, least, width) || !changed) && fits;
@@ -578,7 +471,7 @@ static __device__ void dense_words(const Work& work, const DenseTables& tables, 
             if (step % 4 == 0) stream.keep(lane);
             u32 n = 32 * step + lane, c = buffer[n], slot = state & 4095, high = state >> 12;
             bool active = n < left;
-            u32 entry = tables.entries[256 * c + tables.slots[4096 * c + slot]];
+            u32 entry = tables.entries[ENTRY_STRIDE * c + tables.slots[4096 * c + slot]];
             u32 x = (entry >> 8 & 4095) * high + high + slot - (entry >> 20);
             x = active ? x : state;
             buffer[n] = active ? (u8)entry : 0;
@@ -635,11 +528,13 @@ static __device__ void decode_dense(const Segment* segments, u32 count, const u3
     u32 classes = __ldg(tables);
     if (!segment.dense) work.mine = false;
     u32* entries = (u32*)(slots + 4096 * classes);
-    if (thread < 256) shared.class_of[thread] = (u8)(__ldg(tables + 1 + thread / 4) >> (8 * (thread % 4)));
-    for (u32 c = warp; c < classes; c += DENSE_WARPS) {
-        const u32* list = arena + __ldg(tables + 65 + c);
-        fill_slots(slots + 4096 * c, list, lane, 32);
-        for (u32 e = lane; e < __ldg(list); e += 32) entries[256 * c + e] = __ldg(list + 1 + e);
+    if (__syncthreads_or(work.mine)) {
+        if (thread < 256) shared.class_of[thread] = (u8)(__ldg(tables + 1 + thread / 4) >> (8 * (thread % 4)));
+        for (u32 c = warp; c < classes; c += DENSE_WARPS) {
+            const u32* list = arena + __ldg(tables + 65 + c);
+            fill_slots(slots + 4096 * c, list, lane, 32);
+            for (u32 e = lane; e < __ldg(list); e += 32) entries[ENTRY_STRIDE * c + e] = __ldg(list + 1 + e);
+        }
     }
     __syncthreads();
     u32 chunk = (first_unit + blockIdx.x - segment.first) * DENSE_WARPS + warp;
@@ -719,23 +614,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) tpde_whole(u64 to, u
     NAME(const Segment* segments, u32 count, const u32* arena, u32 first_unit, Status* status, u32* bitmap) {        \
         DECODE<W>(segments, count, arena, first_unit, status, bitmap, (T*)dynamic_shared);                           \
     }
-// Two blocks of mode D, where registers and shared memory are enough.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-#define DENSE_BLOCKS 1
-#else
-#define DENSE_BLOCKS 2
-#endif
-
-// Only here do four blocks' registers hold what mode W needs for words of 16 bits.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-#define PLANES_BLOCKS 4
-#else
-#define PLANES_BLOCKS 3
-#endif
-
-LANES_KERNEL(tpde_planes_8, decode_planes, u8, u32, BLOCK_THREADS, 4)
-LANES_KERNEL(tpde_planes_16, decode_planes, u16, u32, BLOCK_THREADS, PLANES_BLOCKS)
+LANES_KERNEL(tpde_planes_8, decode_planes, u8, u32, BLOCK_THREADS, 5)
+LANES_KERNEL(tpde_planes_16, decode_planes, u16, u32, BLOCK_THREADS, 4)
 LANES_KERNEL(tpde_planes_32, decode_planes, u32, u32, BLOCK_THREADS, 2)
-LANES_KERNEL(tpde_dense_8, decode_dense, u8, u8, DENSE_THREADS, DENSE_BLOCKS)
-LANES_KERNEL(tpde_dense_16, decode_dense, u16, u8, DENSE_THREADS, DENSE_BLOCKS)
-LANES_KERNEL(tpde_dense_32, decode_dense, u32, u8, DENSE_THREADS, DENSE_BLOCKS)
+LANES_KERNEL(tpde_dense_8, decode_dense, u8, u8, DENSE_THREADS, 1)
+LANES_KERNEL(tpde_dense_16, decode_dense, u16, u8, DENSE_THREADS, 1)
+LANES_KERNEL(tpde_dense_32, decode_dense, u32, u8, DENSE_THREADS, 1)

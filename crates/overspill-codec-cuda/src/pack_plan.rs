@@ -1,0 +1,223 @@
+//! What the encoders' kernels are given and what is made of what they say: pure bookkeeping, the same for a device
+//! and for the tests' emulation.
+
+use overspill_codec::{
+    BaseKind, COUNT_GRAIN_WORDS, ChunkRecord, FlatSegment, FlatTables, PatchKind, RECORD_BYTES,
+    SegmentCounts, SegmentSpec, flags_head, key_field, sampled_one_in, sparse_head,
+};
+
+use crate::decoder::Result;
+use crate::plan::{Job, put_segment};
+
+/// Threads of a block of the kernels that count, list, clear and gather.
+pub const COUNT_THREADS: u32 = 256;
+/// 32-bit words in which a segment is counted.
+pub const CELLS: usize = 65536 + 256 + 4;
+/// Different (key, symbol) of a segment that are listed; segments with more are the host's.
+pub const LISTED: usize = 2048;
+/// 32-bit words of a segment's list.
+pub const LIST_WORDS: usize = 4 + 256 + 2 * LISTED;
+/// Dynamic shared memory of a block that packs a chunk: three fit a multiprocessor of 228 KiB.
+pub const PACK_BYTES: u32 = 46 << 10;
+/// 32-bit words that a chunk's outcome takes: place in the scratch memory, bytes, check.
+pub const OUTCOME_WORDS: usize = 3;
+/// What of an outcome's second word is the payload's bytes.
+const PAYLOAD_MASK: u32 = (1 << 30) - 1;
+
+/// In which mode kernels pack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PackMode {
+    /// Mode S: the smallest.
+    Sparse,
+    /// Mode F: packed and applied sooner.
+    Flags,
+}
+
+/// A segment to pack: where its base and its final words lie.
+#[derive(Debug, Clone, Copy)]
+pub struct PackJob {
+    /// What it is.
+    pub spec: SegmentSpec,
+    /// Address of the base's first word.
+    pub base: u64,
+    /// Address of the first final word.
+    pub last: u64,
+}
+
+impl PackJob {
+    /// Whether kernels can pack it: steps from words of at most 32 bits.
+    pub fn is_for_kernels(&self) -> bool {
+        let SegmentSpec { base, kind, words, dtype, .. } = self.spec;
+        base == BaseKind::Words && kind == PatchKind::Relative && words > 0 && dtype.word_bytes() <= 4
+    }
+
+    fn grains(&self) -> usize {
+        self.spec.words.div_ceil(COUNT_GRAIN_WORDS)
+    }
+}
+
+/// The first look at segments whose words are equally wide.
+#[derive(Debug, Default)]
+pub struct CountPlan {
+    /// The kernels' list.
+    pub segments: Vec<u8>,
+    /// First grain of each segment; the last entry is how many there are.
+    pub grains: Vec<usize>,
+}
+
+impl CountPlan {
+    /// Plans `jobs`.
+    pub fn new(jobs: &[PackJob]) -> Self {
+        let mut plan = CountPlan { segments: Vec::new(), grains: vec![0] };
+        for job in jobs {
+            let at = plan.grains.last().copied().unwrap_or_default();
+            let (key_shift, key_mask) = key_field(&job.spec);
+            // Shorter rows would not fit into the kernel's bits of 2^15 words; they are hardly ever context.
+            let row_words = job.spec.row_words;
+            let rows = if row_words >= 64 && row_words <= job.spec.words as u64 { row_words } else { 0 };
+            let flat = FlatSegment { key_shift, key_mask, rows: rows != 0, ..unparsed(job.spec) };
+            let places = Job { segment: &flat, base: job.base, out: job.last, blob: 0, index: 0 };
+            let one_in = sampled_one_in(job.spec.words) as u32;
+            put_segment(&mut plan.segments, &places, at as u32, 0, false, one_in);
+            plan.grains.push(at + job.grains());
+        }
+        plan
+    }
+
+    /// Grains of all segments.
+    pub fn grain_count(&self) -> usize {
+        self.grains.last().copied().unwrap_or_default()
+    }
+
+    /// The head of segment `number`: of no chunks if nothing changed, `None` if it is the host's.
+    pub fn head(
+        &self,
+        number: usize,
+        job: &PackJob,
+        mode: PackMode,
+        list: &[u32],
+        grains: &[u32],
+    ) -> Option<Vec<u8>> {
+        let grains = &grains[self.grains[number]..self.grains[number + 1]];
+        if grains.iter().all(|&changed| changed == 0) {
+            return Some(vec![0]);
+        }
+        let found = list[0] as usize;
+        if found > LISTED {
+            return None;
+        }
+        let one_in = sampled_one_in(job.spec.words) as u64;
+        let mut population = [0; 256];
+        for (to, &from) in population.iter_mut().zip(&list[4..260]) {
+            *to = u64::from(from) * one_in;
+        }
+        if key_field(&job.spec).1 == 0 {
+            population[0] = job.spec.words as u64;
+        }
+        let (cells, _) = list[260..260 + 2 * found].as_chunks::<2>();
+        let values = cells.iter().map(|&[cell, count]| ((cell >> 8) as u8, cell as u8, count)).collect();
+        let raw_bits = u64::from(list[2]) << 32 | u64::from(list[1]);
+        let rows_changed = u64::from(list[3]);
+        let counts = SegmentCounts { grains: grains.to_vec(), population, values, raw_bits, rows_changed };
+        match mode {
+            PackMode::Sparse => sparse_head(&counts, &job.spec),
+            PackMode::Flags => flags_head(&counts, &job.spec),
+        }
+    }
+}
+
+/// A segment of which only the spec is known.
+fn unparsed(spec: SegmentSpec) -> FlatSegment {
+    FlatSegment {
+        spec,
+        chunk_log2: 0,
+        chunks: 0,
+        head_bytes: 0,
+        blob_bytes: 0,
+        check_term: 0,
+        sparse: 0,
+        dense: 0,
+        planes: 0,
+        dense_classes: 0,
+        coded_planes: 0,
+        rows: false,
+        flags: false,
+        flag_entries: 0,
+        key_shift: 0,
+        key_mask: 0,
+    }
+}
+
+/// The chunks to pack of segments whose heads are known.
+#[derive(Debug)]
+pub struct ChunkPlan {
+    /// The kernels' list.
+    pub segments: Vec<u8>,
+    /// How many segments are in it.
+    pub count: u32,
+    /// Their tables.
+    pub tables: FlatTables,
+    /// First chunk of each segment, also of those that are not in the list; the last entry is how many there are.
+    pub chunks: Vec<u32>,
+}
+
+impl ChunkPlan {
+    /// Plans the segments that have a head with chunks; `grains` is where the kernels counted changes.
+    ///
+    /// # Errors
+    /// None that heads of [`CountPlan::head`] can cause.
+    pub fn new(jobs: &[PackJob], heads: &[Option<Vec<u8>>], counts: &CountPlan, grains: u64) -> Result<Self> {
+        let mut plan =
+            ChunkPlan { segments: Vec::new(), count: 0, tables: FlatTables::new(), chunks: vec![0] };
+        for (number, (job, head)) in jobs.iter().zip(heads).enumerate() {
+            let at = plan.chunks[number];
+            let Some(head) = head.as_ref().filter(|head| head[0] != 0) else {
+                plan.chunks.push(at);
+                continue;
+            };
+            let records = job.spec.words.div_ceil(1 << (head[0] & 31)) * RECORD_BYTES;
+            let flat = plan.tables.take(job.spec, &mut &head[..], &mut &vec![0; records][..])?;
+            let blob = grains + 4 * counts.grains[number] as u64;
+            let places = Job { segment: &flat, base: job.base, out: job.last, blob, index: 0 };
+            put_segment(&mut plan.segments, &places, at, at, false, 0);
+            plan.count += 1;
+            plan.chunks.push(at + flat.chunks);
+        }
+        Ok(plan)
+    }
+
+    /// Chunks of all segments.
+    pub fn chunk_count(&self) -> u32 {
+        self.chunks.last().copied().unwrap_or_default()
+    }
+
+    /// Whether a chunk of segment `number` has its bit in a bitmap.
+    pub fn is_left(&self, number: usize, bitmap: &[u32]) -> bool {
+        let is_set = |chunk: u32| bitmap[(chunk / 32) as usize] >> (chunk % 32) & 1 == 1;
+        (self.chunks[number]..self.chunks[number + 1]).any(is_set)
+    }
+
+    /// Leaves the payloads of segment `number` out.
+    pub fn skip(&self, number: usize, places: &mut Vec<u64>) {
+        places.extend((self.chunks[number]..self.chunks[number + 1]).map(|_| u64::MAX));
+    }
+
+    /// Records of segment `number` and, put behind those of `places`, where each payload lies in a blob of which
+    /// `blob_bytes` are taken.
+    pub fn records(
+        &self,
+        number: usize,
+        outcomes: &[u32],
+        blob_bytes: u64,
+        places: &mut Vec<u64>,
+    ) -> Vec<ChunkRecord> {
+        let mut end_bytes = 0u32;
+        let record = |chunk: u32| {
+            let outcome = &outcomes[chunk as usize * OUTCOME_WORDS..];
+            places.push(blob_bytes + u64::from(end_bytes));
+            end_bytes += outcome[1] & PAYLOAD_MASK;
+            ChunkRecord { end_bytes, check: outcome[2] }
+        };
+        (self.chunks[number]..self.chunks[number + 1]).map(record).collect()
+    }
+}
