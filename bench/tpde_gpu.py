@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 from common import row, write_results
 
@@ -71,17 +72,14 @@ def index_put_ms(segments: int, share: float) -> tuple[float, float] | None:
     return found[0], found[1]
 
 
-def main() -> None:
-    measured = rows_of("bench") + rows_of("encode") + rows_of("link")
-    segments = 4 * int(os.environ.get("OVERSPILL_COPIES", "100"))
-    peers = index_put_ms(segments, 0.0241)
-    print("index_put_, in place and after a copy:", peers, "ms", flush=True)
+def results_of(
+    measured: list[list[str]], peers: tuple[float, float] | None, segments: int
+) -> list[dict[str, Any]]:
+    """The rows of a results file."""
     copy = next((float(value) for name, value, *_ in measured if name == "tpde.gpu.copy_tbps"), None)
+    limit = None if copy is None else f"copy on the device, read + written, {copy:.2f} TB/s in the same run"
     rows = []
     for name, value, unit, note in measured:
-        limit = (
-            None if copy is None else f"copy on the device, read + written, {copy:.2f} TB/s in the same run"
-        )
         peer = {}
         if peers and name == "tpde.gpu.apply_7b_ms":
             peer = {"peer": "torch index_put_, 8-byte positions, in place", "peer_value": peers[0]}
@@ -89,9 +87,20 @@ def main() -> None:
             rate = segments * SEGMENT_WORDS * 2 / peers[1] / 1e9
             peer = {"peer": "copy and torch index_put_, 8-byte positions", "peer_value": rate}
         rows.append(row(name, float(value), unit, limit=limit, note=note, **peer))
-    if not rows:
-        sys.exit("nothing was measured: no GPU?")
-    print(write_results("tpde_gpu", rows))
+    return rows
+
+
+def main() -> None:
+    segments = 4 * int(os.environ.get("OVERSPILL_COPIES", "100"))
+    measured: list[list[str]] = []
+    for mode in ("bench", "encode", "link"):
+        measured += rows_of(mode)
+        if not measured:
+            sys.exit("nothing was measured: no GPU?")
+        print(write_results("tpde_gpu", results_of(measured, None, segments)))
+    peers = index_put_ms(segments, 0.0241)
+    print("index_put_, in place and after a copy:", peers, "ms", flush=True)
+    print(write_results("tpde_gpu", results_of(measured, peers, segments)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ pub const COUNT_THREADS: u32 = 256;
 /// 32-bit words in which a segment is counted.
 pub const CELLS: usize = 65536 + 256 + 4;
 /// Different (key, symbol) of a segment that are listed; segments with more are the host's.
-pub const LISTED: usize = 2048;
+pub const LISTED: usize = 1024;
 /// 32-bit words of a segment's list.
 pub const LIST_WORDS: usize = 4 + 256 + 2 * LISTED;
 /// Dynamic shared memory of a block that packs a chunk: three fit a multiprocessor of 228 KiB.

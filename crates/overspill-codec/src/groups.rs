@@ -4,7 +4,8 @@
 //! decoding must bring back to 2^16; then the word stream to the payload's end. Per group, each line for all lanes:
 //! - 8 steps: the magnitude symbol of the lane's next word, by the table of its base's class;
 //! - the signs of the lane's words whose magnitude is not 0, popped at once, the first word's lowest;
-//! - for each of the 8 words in turn: its symbol's raw bits, popped 16 at a time from the low end.
+//! - as long as some lane has a word left whose symbol has raw bits: those of the lane's next such word, popped 16 at a
+//!   time from the low end.
 
 use crate::CodecError;
 use crate::classes::DenseClass;
@@ -63,18 +64,34 @@ fn push_group<W: Word>(
     {
         symbols.push(Symbol::new(lane, (signs as u16, 1), count));
     }
-    for i in 0..RUN {
+    let mut left = wide_words(|at| raws[at].0 > 0);
+    while left != [0; MAX_LANES] {
+        let next = next_words(&mut left);
         for piece in 0..W::BITS.div_ceil(POP) {
-            for at in (i..words).step_by(RUN) {
+            for (lane, at) in next.iter().enumerate().filter_map(|(lane, at)| Some((lane, (*at)?))) {
                 let (width, raw) = raws[at];
                 let count = POP.min(width.saturating_sub(POP * piece));
                 if count > 0 {
                     let bits = raw >> (POP * piece) & ((1 << count) - 1);
-                    symbols.push(Symbol::new(at / RUN, (bits as u16, 1), count));
+                    symbols.push(Symbol::new(lane, (bits as u16, 1), count));
                 }
             }
         }
     }
+}
+
+/// Of each lane, a bit for each of its words that `is_wide`.
+fn wide_words(is_wide: impl Fn(usize) -> bool) -> [u8; MAX_LANES] {
+    std::array::from_fn(|lane| (0..RUN).map(|i| u8::from(is_wide(lane * RUN + i)) << i).sum())
+}
+
+/// Takes the first word of each lane that has one: its place in the group.
+fn next_words(left: &mut [u8; MAX_LANES]) -> [Option<usize>; MAX_LANES] {
+    std::array::from_fn(|lane| {
+        let first = (left[lane] != 0).then(|| lane * RUN + left[lane].trailing_zeros() as usize);
+        left[lane] &= left[lane].wrapping_sub(1);
+        first
+    })
 }
 
 /// Apply a payload (without its mode byte) to base words, in place.
@@ -111,24 +128,26 @@ fn apply_group<W: Word>(
     for (lane, signs) in signs.iter_mut().enumerate() {
         *signs = decoder.pop(lane, counts[lane])?;
     }
-    for i in 0..RUN {
-        let mut sizes = [(0u64, 0u32); MAX_LANES];
-        for at in (i..words).step_by(RUN) {
-            let beyond = CodecError::malformed("groups chunk", "a magnitude beyond the word");
-            sizes[at / RUN] = magnitude_of::<W>(symbols[at]).ok_or(beyond)?;
-        }
+    let mut sizes = [(0u64, 0u32); GROUP];
+    for (size, &symbol) in sizes.iter_mut().zip(&symbols) {
+        let beyond = CodecError::malformed("groups chunk", "a magnitude beyond the word");
+        *size = magnitude_of::<W>(symbol).ok_or(beyond)?;
+    }
+    let mut left = wide_words(|at| sizes[at].1 > 0);
+    while left != [0; MAX_LANES] {
+        let next = next_words(&mut left);
         for piece in 0..W::BITS.div_ceil(POP) {
-            for (lane, (size, width)) in sizes.iter_mut().enumerate() {
-                let count = POP.min(width.saturating_sub(POP * piece));
-                *size += decoder.pop(lane, count)? << (POP * piece);
+            for (lane, at) in next.iter().enumerate().filter_map(|(lane, at)| Some((lane, (*at)?))) {
+                let count = POP.min(sizes[at].1.saturating_sub(POP * piece));
+                sizes[at].0 += decoder.pop(lane, count)? << (POP * piece);
             }
         }
-        for at in (i..words).step_by(RUN).filter(|&at| symbols[at] != 0) {
-            let lane = at / RUN;
-            let step = step_of::<W>(signs[lane] & 1, sizes[lane].0);
-            signs[lane] >>= 1;
-            set_word(group, at, context.word(at, word_at::<W>(group, at), step));
-        }
+    }
+    for at in (0..words).filter(|&at| symbols[at] != 0) {
+        let signs = &mut signs[at / RUN];
+        let step = step_of::<W>(*signs & 1, sizes[at].0);
+        *signs >>= 1;
+        set_word(group, at, context.word(at, word_at::<W>(group, at), step));
     }
     Ok(())
 }

@@ -25,7 +25,7 @@ const PAYLOAD_TARGET_BITS: f64 = 8192.0 * 8.0;
 /// symbols. Six blocks of a GPU's multiprocessor have 18,880 each; chunks differ by a few percent.
 const SYMBOL_BYTES_TARGET: f64 = 0.95 * 18_880.0;
 /// Payload that a chunk of mode F or G is sized for, in bits: large against its states (64 bytes more than what they tell).
-const LANES_TARGET_BITS: f64 = 2048.0 * 8.0;
+const LANES_TARGET_BITS: f64 = 3072.0 * 8.0;
 /// Words of the largest chunk of mode F or G, as a power of two: a warp has one, and a GPU has thousands.
 const LARGEST_LANES_LOG2: u32 = 18;
 /// Most classes of mode G: the tables of two blocks of a GPU fit one of its multiprocessors.

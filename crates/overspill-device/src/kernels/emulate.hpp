@@ -194,6 +194,14 @@ static inline float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 
 static inline unsigned __float2uint_rz(float x) { return (unsigned)x; }
 static inline float __uint2float_rz(unsigned x) { return (float)(x & (x < 1u << 24 ? ~0u : ~0u << (8 - __builtin_clz(x)))); }
 static inline void __threadfence_block() {}
+static inline float __fmul_rz(float a, float b) {
+    float product = a * b;
+    return (double)product > (double)a * b ? nextafterf(product, 0) : product;
+}
+static inline float __frcp_rd(float x) {
+    float made = 1 / x;
+    return (double)made * x > 1 ? nextafterf(made, 0) : made;
+}
 static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __fadd_rn(float a, float b) { return a + b; }
 

@@ -47,35 +47,36 @@ static __device__ void count_changes(const Segment* segments, u32 count, u32* gr
     if (thread < 32) rows[thread] = 0;
     if (thread == 0) changed = raw = 0;
     __syncthreads();
-    const u32 each = 16 / sizeof(W);
     u32 first = (unit - segment.first) << GRAIN_LOG2, words = min(1u << GRAIN_LOG2, segment.words - first);
     const W *base = (const W*)segment.base + first, *made = (const W*)segment.out + first;
     bool aligned = ((segment.base | segment.out) & 15) == 0, is_float = segment.flags & IS_FLOAT;
     u32 shift = segment.key_shift, mask = segment.key_mask, one_in = segment.unused, row_words = segment.row_words;
     u32 row_offset = row_words ? (segment.row_offset + first) % row_words : 0, own_changed = 0, own_raw = 0;
-    for (u32 at = thread * each; at < words; at += COUNT_THREADS * each) {
-        uint4 olds = load_piece<W>(base, at, words, aligned), news = load_piece<W>(made, at, words, aligned);
-        u32 old_parts[4] = { olds.x, olds.y, olds.z, olds.w }, new_parts[4] = { news.x, news.y, news.z, news.w };
-        bool sampled = (first + at) / 64 % one_in == 0;
-        bool differs = ((olds.x ^ news.x) | (olds.y ^ news.y) | (olds.z ^ news.z) | (olds.w ^ news.w)) != 0;
-        if (!sampled && !differs) continue;
+    for (u32 at = thread * 8; at < words; at += COUNT_THREADS * 8) {
+        Eight<W> olds = load_eight<W>(base, at, words, aligned), news = load_eight<W>(made, at, words, aligned);
+        u32 differ = 0;
 #pragma unroll
-        for (u32 i = 0; i < each; i++) {
-            u32 bit = 8 * (i * sizeof(W) % 4);
-            W old = (W)(old_parts[i * sizeof(W) / 4] >> bit), fresh = (W)(new_parts[i * sizeof(W) / 4] >> bit);
+        for (u32 i = 0; i < 8; i++) differ |= (olds.word(i) != news.word(i) ? 1u : 0u) << i;
+        for (; differ; differ &= differ - 1) {
+            // Read again, as registers have no numbers.
+            u32 place = at + __ffs(differ) - 1;
+            W old = base[place], fresh = made[place];
             u32 key = (u32)old >> shift & mask;
-            if (sampled && at + i < words) atomicAdd(&population[key], 1u);
-            if (old == fresh) continue;
             Split value = split(size_of<W>((W)(flip<W>(fresh, is_float) - flip<W>(old, is_float))));
             if (value.symbol < NEAR_SYMBOLS) atomicAdd(&values[key][value.symbol], 1u);
             else atomicAdd(&cells[256 * key + value.symbol], 1u);
             own_changed++;
             own_raw += value.width;
             if (row_words) {
-                u32 row = (row_offset + at + i) / row_words;
+                u32 row = (row_offset + place) / row_words;
                 atomicOr(&rows[row >> 5], 1u << (row & 31));
             }
         }
+    }
+    // Of every so many blocks of 64 words one.
+    for (u32 n = thread; n < (1u << GRAIN_LOG2) / one_in; n += COUNT_THREADS) {
+        u32 place = n / 64 * 64 * one_in + n % 64;
+        if (place < words) atomicAdd(&population[(u32)base[place] >> shift & mask], 1u);
     }
     if (own_changed) { atomicAdd(&changed, own_changed); atomicAdd(&raw, own_raw); }
     __syncthreads();
@@ -570,7 +571,7 @@ tpde_gather(const u32* outcomes, const u64* places, u32 chunks, const u8* scratc
 }
 
 #define ENCODE(BITS, W)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(COUNT_THREADS)                                                      \
+    extern "C" __global__ void __launch_bounds__(COUNT_THREADS, 6)                                                   \
     tpde_count_##BITS(const Segment* segments, u32 count, u32* grains, u32* cells) {                                 \
         count_changes<W>(segments, count, grains, cells);                                                            \
     }                                                                                                                \

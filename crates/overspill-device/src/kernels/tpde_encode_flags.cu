@@ -20,7 +20,7 @@ struct Pushed {
     bool full;
     // Makes room in the states of the lanes that have none for a symbol of `frequency` of 2^bits.
     __device__ void spill(bool active, u32 frequency, u32 bits, u32 below) {
-        bool spills = active && (u64)x >= (u64)frequency << (32 - bits);
+        bool spills = active && x >> (32 - bits) >= frequency;
         u32 who = __ballot_sync(ALL, spills);
         if (who) {
             u32 bytes = 2 * __popc(who);
@@ -35,9 +35,8 @@ struct Pushed {
     __device__ void push(bool active, u32 start, u32 frequency, float reciprocal, u32 below) {
         spill(active, frequency, 12, below);
         if (!active) return;
-        // The quotient is below 2^20, and this at most one off.
-        u32 quotient = __float2uint_rz(__uint2float_rz(x) * reciprocal), rest = x - quotient * frequency;
-        if ((int)rest < 0) { quotient--; rest += frequency; }
+        // The quotient is below 2^20; rounded down throughout, this is it or one less.
+        u32 quotient = __float2uint_rz(__fmul_rz(__uint2float_rz(x), reciprocal)), rest = x - quotient * frequency;
         if (rest >= frequency) { quotient++; rest -= frequency; }
         x = (quotient << 12) + rest + start;
     }
@@ -87,7 +86,9 @@ static __device__ bool push_changes(FlagPacking& shared, const u32* arena, Pushe
             W old = base[at], step = (W)(flip<W>(made[at], is_float) - flip<W>(old, is_float));
             u32 size = size_of<W>(step);
             Split magnitude = split(size);
-            list = shared.flags[(u32)old >> shift & mask].y;
+            uint2 known = shared.flags[(u32)old >> shift & mask];
+            good = good && known.x;
+            list = known.y;
             width = 1;
             bits = step >> (sizeof(W) * 8 - 1);
             if (list) {
@@ -101,7 +102,7 @@ static __device__ bool push_changes(FlagPacking& shared, const u32* arena, Pushe
         to.push_bits(width < 16 ? bits : bits & 0xffff, min(width, 16), below);
         // An entry that was found has one added to it, which its symbol takes.
         u32 frequency = ((entry - 1) >> 8 & 4095) + 1, start = (entry - 1) >> 20;
-        to.push(entry != 0, start, frequency, 1.0f / (float)frequency, below);
+        to.push(entry != 0, start, frequency, __frcp_rd((float)frequency), below);
     }
     __syncwarp();
     return good;
@@ -187,7 +188,7 @@ static __device__ void encode_flags(const Segment* segments, u32 count, const u3
             }
         }
         shared.flags[key] = own;
-        shared.reciprocals[key] = { own.x ? 1.0f / (float)own.x : 0, 1.0f / (float)(4096 - own.x) };
+        shared.reciprocals[key] = { own.x ? __frcp_rd((float)own.x) : 0, __frcp_rd((float)(4096 - own.x)) };
     }
     __syncwarp();
     u8 *start = scratch + 4ull * place, *end = start + 4ull * units;
@@ -202,9 +203,7 @@ static __device__ void encode_flags(const Segment* segments, u32 count, const u3
             Pair<W> own = load_pair<W>(base, made, first + 256 * q + 8 * lane, words, aligned);
 #pragma unroll
             for (u32 i = 0; i < 8; i++) {
-                bool differs = own.old.word(i) != own.fresh.word(i);
-                if (differs) changed |= 1u << (8 * q + i);
-                good = good && !(differs && !shared.flags[(u32)own.old.word(i) >> shift & mask].x);
+                if (own.old.word(i) != own.fresh.word(i)) changed |= 1u << (8 * q + i);
             }
         }
         good = push_changes<W>(shared, arena, to, changed, base + first, made + first, shift, mask, is_float, lane, below) && good;

@@ -233,6 +233,6 @@ static __device__ void decode_flags(const Segment* segments, u32 count, const u3
     NAME(const Segment* segments, u32 count, const u32* arena, u32 first_unit, Status* status, u32* bitmap) {        \
         decode_flags<W>(segments, count, arena, first_unit, status, bitmap, (u32*)dynamic_shared);                                      \
     }
-FLAGS_KERNEL(tpde_flags_8, u8, 6)
-FLAGS_KERNEL(tpde_flags_16, u16, 6)
-FLAGS_KERNEL(tpde_flags_32, u32, 5)
+FLAGS_KERNEL(tpde_flags_8, u8, 5)
+FLAGS_KERNEL(tpde_flags_16, u16, 5)
+FLAGS_KERNEL(tpde_flags_32, u32, 4)

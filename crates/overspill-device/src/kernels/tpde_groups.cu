@@ -42,21 +42,25 @@ template <typename W>
 static __device__ bool eight_steps(uint2 symbols, u32& x, Pulled& stream, u32* steps, u32 lane) {
     bool good = true, wide = ((symbols.x | symbols.y) & 0xe0e0e0e0) != 0;
     u32 signs = stream.pop(x, bytes_set(symbols.x) + bytes_set(symbols.y), lane);
+#pragma unroll
+    for (u32 i = 0; i < 8; i++) steps[i] = (i < 4 ? symbols.x : symbols.y) >> (8 * (i % 4)) & 255;
     if (__any_sync(ALL, wide)) {
+        u32 wides = 0;
 #pragma unroll
-        for (u32 i = 0; i < 8; i++) {
-            u32 symbol = (i < 4 ? symbols.x : symbols.y) >> (8 * (i % 4)) & 255, size, width;
-            good = magnitude(symbol, sizeof(W) * 8, size, width) && good;
-            if (__any_sync(ALL, width != 0)) {
-                u32 some = min(width, 16);
-                size += stream.pop(x, some, lane);
-                if (sizeof(W) == 4) size += stream.pop(x, width - some, lane) << 16;
+        for (u32 i = 0; i < 8; i++) wides |= (steps[i] >= 32 ? 1u : 0u) << i;
+        do {
+            u32 i = wides ? __ffs(wides) - 1 : 8, width = 0, size = 0;
+            if (wides) {
+                u32 symbol = (i < 4 ? symbols.x : symbols.y) >> (8 * (i % 4)) & 255;
+                good = magnitude(symbol, sizeof(W) * 8, size, width) && good;
             }
-            steps[i] = size;
-        }
-    } else {
+            u32 some = min(width, 16);
+            size += stream.pop(x, some, lane);
+            if (sizeof(W) == 4) size += stream.pop(x, width - some, lane) << 16;
 #pragma unroll
-        for (u32 i = 0; i < 8; i++) steps[i] = (i < 4 ? symbols.x : symbols.y) >> (8 * (i % 4)) & 255;
+            for (u32 k = 0; k < 8; k++) steps[k] = k == i ? size : steps[k];
+            wides &= wides - 1;
+        } while (__any_sync(ALL, wides != 0));
     }
 #pragma unroll
     for (u32 i = 0; i < 8; i++) {

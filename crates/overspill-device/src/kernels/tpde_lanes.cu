@@ -614,8 +614,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) tpde_whole(u64 to, u
     NAME(const Segment* segments, u32 count, const u32* arena, u32 first_unit, Status* status, u32* bitmap) {        \
         DECODE<W>(segments, count, arena, first_unit, status, bitmap, (T*)dynamic_shared);                           \
     }
-LANES_KERNEL(tpde_planes_8, decode_planes, u8, u32, BLOCK_THREADS, 5)
-LANES_KERNEL(tpde_planes_16, decode_planes, u16, u32, BLOCK_THREADS, 4)
+// Only here do four blocks' registers hold what mode W needs for words of 16 bits.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+#define PLANES_BLOCKS 4
+#else
+#define PLANES_BLOCKS 3
+#endif
+
+LANES_KERNEL(tpde_planes_8, decode_planes, u8, u32, BLOCK_THREADS, 4)
+LANES_KERNEL(tpde_planes_16, decode_planes, u16, u32, BLOCK_THREADS, PLANES_BLOCKS)
 LANES_KERNEL(tpde_planes_32, decode_planes, u32, u32, BLOCK_THREADS, 2)
 LANES_KERNEL(tpde_dense_8, decode_dense, u8, u8, DENSE_THREADS, 1)
 LANES_KERNEL(tpde_dense_16, decode_dense, u16, u8, DENSE_THREADS, 1)
