@@ -14,6 +14,7 @@ beforehand; DFloat11's kernel is ``decode.ptx`` of the package ``dfloat11``, in 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import time
 import traceback
@@ -74,9 +75,9 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.int16).flatten()
 
 
-def ours(base: torch.Tensor | None, final: torch.Tensor) -> Peer:
+def ours(base: torch.Tensor | None, final: torch.Tensor, codec: Any = "gpu") -> Peer:
     """The decoder of streamed weights: everything planned, payloads at a fixed address."""
-    packed = tpde.pack(None if base is None else {"w": base}, {"w": final})
+    packed = tpde.pack(None if base is None else {"w": base}, {"w": final}, codec=codec)
     assert packed.data is not None
     patch = tpde.Patch(packed.data)
     streamed = _native.TpdeStreamedPatch(patch._native, torch.cuda.current_device())
@@ -249,6 +250,7 @@ STANDALONE: dict[str, Callable[..., Peer]] = {
 }
 STEP: dict[str, Callable[..., Peer]] = {
     "tpde": ours,
+    "tpde_smallest": functools.partial(ours, codec="auto"),
     "nvcomp_ans_xor": nvcomp_xor("ANS"),
     "nvcomp_zstd_xor": nvcomp_xor("Zstd"),
     "nvcomp_bitcomp_xor": nvcomp_xor("Bitcomp", data_type="<u2"),

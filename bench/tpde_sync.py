@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -23,6 +23,7 @@ from overspill import tpde
 from overspill.sync import host_copy
 
 ROWS: list[dict[str, Any]] = []
+CODEC: Literal["gpu"] = "gpu"
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
@@ -73,7 +74,7 @@ class Pair:
         """Milliseconds of each part, what was sent, and whether the worker has the trainer's bits then."""
         spent = {}
         spent["down"], final = timed_ms(lambda: host_copy(self.trainer, self.spare))
-        spent["pack"], packed = timed_ms(lambda: tpde.pack(self.last, final))
+        spent["pack"], packed = timed_ms(lambda: tpde.pack(self.last, final, codec=CODEC))
         spent["open"], patch = timed_ms(lambda: tpde.open(packed.data).to("cuda"))
         spent["apply"], state = timed_ms(lambda: patch.apply_(self.worker, base_id=patch.base_id))
         assert state == packed.final_id
@@ -95,7 +96,7 @@ def measure(lr: float, masters: dict[str, torch.Tensor], pair: Pair, layers: int
     note = (
         f"Llama-2-7B's shape, {layers} layers, {raw_bytes / 1e9:.2f} GB of bf16, random weights and steps, lr {lr:g}, third "
         f"step; {packed.packed_bytes / 1e6:.1f} MB, ratio {packed.ratio:.1f}; weights down into page-locked memory "
-        f"{spent['down']:.0f} ms, packed by the CPU {spent['pack']:.0f} ms, authenticated and brought up "
+        f"{spent['down']:.0f} ms, packed by the CPU (codec {CODEC}) {spent['pack']:.0f} ms, authenticated and brought up "
         f"{spent['open']:.1f} ms, applied in place {spent['apply']:.1f} ms; all weights have the trainer's bits: {same}"
     )
     whole = {"peer": "all weights down and up again, page-locked, ms", "peer_value": all_ms}

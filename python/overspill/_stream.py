@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -136,7 +136,9 @@ class Streamed:
         if own is None:
             final = {weight.key: weight.host for weight in group}
             start = {weight.key: weight.base for weight in group if weight.base is not None}
-            data = tpde.pack(start or None, final).data
+            # What a GPU decodes soonest.
+            codec: Literal["auto", "gpu"] = "gpu" if self.device.type == "cuda" else "auto"
+            data = tpde.pack(start or None, final, codec=codec).data
             assert data is not None
             own = tpde.Patch(data)
             self._host_bytes += own.packed_bytes
