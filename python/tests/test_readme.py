@@ -24,9 +24,12 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The `overspill` commands of a document, in order; `doctor` is left out, it measures the machine."""
-    split = [shlex.split(line, comments=True) for block in blocks("sh", text) for line in block.splitlines()]
-    return [command for command in split if command[:1] == ["overspill"] and command[1] != "doctor"]
+    """The `overspill` commands of a document, in order, but `doctor`, which measures the machine, and `serve`, which stays."""
+    whole = [block.replace("\\\n", " ") for block in blocks("sh", text)]
+    split = [shlex.split(line, comments=True) for block in whole for line in block.splitlines()]
+    return [
+        command for command in split if command[:1] == ["overspill"] and command[1] not in ("doctor", "serve")
+    ]
 
 
 class Lines(nn.Module):
