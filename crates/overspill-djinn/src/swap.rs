@@ -246,10 +246,12 @@ impl Pool {
                 };
                 let tail = tail.map(|(tape, room)| (room - used(&tape), tape)).filter(|(room, _)| *room > 0);
                 let Some((room, tape)) = tail else {
-                    let least = self.config.tail_tokens * geometry.token_bytes;
+                    // Whole tails: the next copy fits the hole that a somewhat shorter one left.
+                    let tail_bytes = (self.config.tail_tokens * geometry.token_bytes).max(1);
                     let left =
                         geometry.bytes_of(layer, part, tokens.start..geometry.tokens).end - bytes.start;
-                    let extent = self.host_extent(bytes.len().max(least.min(left)), id, make_room)?;
+                    let extent =
+                        self.host_extent(bytes.len().next_multiple_of(tail_bytes).min(left), id, make_room)?;
                     self.entry(id)?.copy.run_mut(layer, part).push(HostTape::new(extent), 0);
                     continue;
                 };
