@@ -20,8 +20,12 @@ fn nvrtc() -> Option<Nvrtc> {
     }
 }
 
+/// Launch bounds buy warps with registers; on some architecture that is a few spilled words, which the
+/// first-level cache holds. What is more than these bytes a thread is a kernel gone wrong.
+const SPILLED_BYTES: u32 = 64;
+
 #[test]
-fn the_committed_table_is_what_compiles_and_no_kernel_spills() {
+fn the_committed_table_is_what_compiles_and_no_kernel_spills_much() {
     let Some(nvrtc) = nvrtc() else { return };
     let now = table::markdown(&nvrtc).expect("every kernel compiles for every architecture");
     let mut kernels = 0;
@@ -31,7 +35,8 @@ fn the_committed_table_is_what_compiles_and_no_kernel_spills() {
             line.split('|').skip(3).map(|cell| cell.split('/').map(str::trim).collect()).collect();
         let told: Vec<_> = cells.iter().filter(|cell| cell.len() == 4).collect();
         assert_eq!(told.len(), table::ARCHITECTURES.len(), "{line}");
-        assert!(told.iter().all(|cell| cell[0] != "0" && cell[3] == "0"), "spills: {line}");
+        let spills = |cell: &[&str]| cell[3].parse::<u32>().expect("a number of bytes");
+        assert!(told.iter().all(|cell| cell[0] != "0" && spills(cell) <= SPILLED_BYTES), "spills: {line}");
         kernels += 1;
     }
     assert!(kernels > 10, "{kernels} kernels in the table");
