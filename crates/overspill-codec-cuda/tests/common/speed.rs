@@ -326,7 +326,7 @@ fn link_row(links: &[Link]) {
         "random weights, pinned host memory to ready words on the device, payloads checked, best of 3; {}",
         told.join("; ")
     );
-    row("tpde.link.effective_share_of_ratio", worst, "share", &note);
+    row("tpde_gpu.patch_link_share_of_ratio", worst, "share", &note);
 }
 
 /// A copy on the device, by a segment without chunks.
