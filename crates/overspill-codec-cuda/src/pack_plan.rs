@@ -75,7 +75,8 @@ impl CountPlan {
             // Shorter rows would not fit into the kernel's bits of 2^15 words; they are hardly ever context.
             let row_words = job.spec.row_words;
             let rows = if row_words >= 64 && row_words <= job.spec.words as u64 { row_words } else { 0 };
-            let flat = FlatSegment { key_shift, key_mask, rows: rows != 0, ..unparsed(job.spec) };
+            let flat =
+                FlatSegment { key_shift, key_mask, rows: rows != 0, ..FlatSegment::unparsed(job.spec) };
             let places = Job { segment: &flat, base: job.base, out: job.last, blob: 0, index: 0 };
             let one_in = sampled_one_in(job.spec.words) as u32;
             put_segment(&mut plan.segments, &places, at as u32, 0, false, one_in);
@@ -123,28 +124,6 @@ impl CountPlan {
             PackMode::Sparse => sparse_head(&counts, &job.spec),
             PackMode::Flags => flags_head(&counts, &job.spec),
         }
-    }
-}
-
-/// A segment of which only the spec is known.
-fn unparsed(spec: SegmentSpec) -> FlatSegment {
-    FlatSegment {
-        spec,
-        chunk_log2: 0,
-        chunks: 0,
-        head_bytes: 0,
-        blob_bytes: 0,
-        check_term: 0,
-        sparse: 0,
-        dense: 0,
-        planes: 0,
-        dense_classes: 0,
-        coded_planes: 0,
-        rows: false,
-        flags: false,
-        flag_entries: 0,
-        key_shift: 0,
-        key_mask: 0,
     }
 }
 

@@ -71,6 +71,28 @@ pub struct FlatSegment {
 }
 
 impl FlatSegment {
+    /// A segment of which only the spec is known.
+    pub fn unparsed(spec: SegmentSpec) -> Self {
+        Self {
+            spec,
+            chunk_log2: 0,
+            chunks: 0,
+            head_bytes: 0,
+            blob_bytes: 0,
+            check_term: 0,
+            sparse: 0,
+            dense: 0,
+            planes: 0,
+            dense_classes: 0,
+            coded_planes: 0,
+            rows: false,
+            flags: false,
+            flag_entries: 0,
+            key_shift: 0,
+            key_mask: 0,
+        }
+    }
+
     /// Whether values are steps from a base.
     pub fn is_step(&self) -> bool {
         self.spec.kind == PatchKind::Relative && self.spec.base != BaseKind::None
@@ -137,16 +159,9 @@ impl FlatTables {
             head_bytes,
             blob_bytes: records.last().map_or(0, |record| record.end_bytes),
             check_term: segment_seed_term(&all[..head_bytes], &spec),
-            sparse: 0,
-            dense: 0,
-            planes: 0,
-            dense_classes: 0,
-            coded_planes: 0,
-            rows: false,
-            flags: false,
-            flag_entries: 0,
             key_shift: keys.shift,
             key_mask: keys.mask.into(),
+            ..FlatSegment::unparsed(spec)
         };
         self.sparse(&head, &mut flat);
         if let Some(dense) = &head.dense {

@@ -49,7 +49,7 @@ pub struct PoolConfig {
     /// At the end of a forward that was not paused, tails of fewer tokens than this wait for the
     /// next one: a batch of many small copies costs the caller as much as one of a few more bytes.
     pub lag_tokens: usize,
-    /// Tokens for which a tail of a host copy is allocated at least.
+    /// A host copy grows by whole tails of so many tokens, so that one fits the hole that a shorter one left.
     pub tail_tokens: usize,
 }
 

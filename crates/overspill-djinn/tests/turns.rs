@@ -2,28 +2,9 @@
 
 mod common;
 
-use std::sync::{Arc, Mutex};
-
-use common::{GEOMETRY, Rig, Twin, embed};
-use overspill_device::{Stream, sim::Planted};
-use overspill_djinn::{Error, Pool, PoolConfig, Refusal, Residency};
-
-const CONFIG: PoolConfig =
-    PoolConfig { geometry: GEOMETRY, write_through: true, flush_bytes: 1, lag_tokens: 0, tail_tokens: 4 };
-
-fn step(rig: &Rig, pool: &mut Pool, id: u64, token: u64) -> u64 {
-    let position = pool.tokens(id).expect("known")[0];
-    let slab = pool.begin(id).expect("room").slab;
-    let hidden = Arc::new(Mutex::new(embed(token, position)));
-    for layer in 0..GEOMETRY.layers {
-        pool.touch(id, layer, &rig.stream()).expect("known");
-        rig.launch(slab, layer, position, &hidden);
-        pool.wrote(id, layer, position + 1, &rig.stream()).expect("fits");
-    }
-    pool.park(id, None, &rig.stream()).expect("running");
-    rig.compute.synchronize().expect("done");
-    *hidden.lock().expect("not poisoned")
-}
+use common::{CONFIG, Rig, Twin, step};
+use overspill_device::sim::Planted;
+use overspill_djinn::{Error, Pool, Refusal, Residency};
 
 /// A pool of `slabs` with `sessions`, each of which has taken a step; and what each has to give in the next.
 fn started(rig: &Rig, sessions: u64) -> (Pool, Vec<Twin>) {

@@ -6,7 +6,7 @@
 use std::sync::{Arc, Mutex};
 
 use overspill_device::{
-    Device, DeviceRange, DeviceRef, StreamRef,
+    Device, DeviceRange, DeviceRef, Stream, StreamRef,
     sim::{Planted, SimConfig, SimDevice, SimQueue},
 };
 use overspill_djinn::{Geometry, Part, Pool, PoolConfig};
@@ -16,6 +16,25 @@ use overspill_engine::{
 };
 
 pub const GEOMETRY: Geometry = Geometry { layers: 3, tokens: 12, token_bytes: 40 };
+
+/// Everything is written through at once.
+pub const CONFIG: PoolConfig =
+    PoolConfig { geometry: GEOMETRY, write_through: true, flush_bytes: 1, lag_tokens: 0, tail_tokens: 4 };
+
+/// The hidden state after a whole step of `id` with `token`.
+pub fn step(rig: &Rig, pool: &mut Pool, id: u64, token: u64) -> u64 {
+    let position = pool.tokens(id).expect("known")[0];
+    let slab = pool.begin(id).expect("room").slab;
+    let hidden = Arc::new(Mutex::new(embed(token, position)));
+    for layer in 0..GEOMETRY.layers {
+        pool.touch(id, layer, &rig.stream()).expect("known");
+        rig.launch(slab, layer, position, &hidden);
+        pool.wrote(id, layer, position + 1, &rig.stream()).expect("fits");
+    }
+    pool.park(id, None, &rig.stream()).expect("running");
+    rig.compute.synchronize().expect("done");
+    *hidden.lock().expect("not poisoned")
+}
 
 /// The device, the arena and the host memory that many schedules share: a seeded device never frees.
 pub struct Rig {
