@@ -20,12 +20,13 @@ fn nvrtc() -> Option<Nvrtc> {
     }
 }
 
-/// Launch bounds buy warps with registers; on some architecture that is a few spilled words, which the
-/// first-level cache holds. What is more than these bytes a thread is a kernel gone wrong.
-const SPILLED_BYTES: u32 = 64;
+/// Kernels whose launch bounds cost a few spilled words a thread on some architecture, and how many bytes at most:
+/// mode D of 32-bit words has 24 warps a block, and 80 registers do not hold it on sm_100 and sm_120; counting of
+/// 16-bit words has six blocks a multiprocessor, and was measured with its 8 bytes on sm_90.
+const SPILLED_BYTES: [(&str, u32); 2] = [("`tpde_dense_32`", 60), ("`tpde_count_16`", 8)];
 
 #[test]
-fn the_committed_table_is_what_compiles_and_no_kernel_spills_much() {
+fn the_committed_table_is_what_compiles_and_no_other_kernel_spills() {
     let Some(nvrtc) = nvrtc() else { return };
     let now = table::markdown(&nvrtc).expect("every kernel compiles for every architecture");
     let mut kernels = 0;
@@ -36,7 +37,8 @@ fn the_committed_table_is_what_compiles_and_no_kernel_spills_much() {
         let told: Vec<_> = cells.iter().filter(|cell| cell.len() == 4).collect();
         assert_eq!(told.len(), table::ARCHITECTURES.len(), "{line}");
         let spills = |cell: &[&str]| cell[3].parse::<u32>().expect("a number of bytes");
-        assert!(told.iter().all(|cell| cell[0] != "0" && spills(cell) <= SPILLED_BYTES), "spills: {line}");
+        let known = SPILLED_BYTES.iter().find(|(kernel, _)| line.contains(kernel)).map_or(0, |known| known.1);
+        assert!(told.iter().all(|cell| cell[0] != "0" && spills(cell) <= known), "spills: {line}");
         kernels += 1;
     }
     assert!(kernels > 10, "{kernels} kernels in the table");

@@ -233,6 +233,13 @@ static __device__ void decode_flags(const Segment* segments, u32 count, const u3
     NAME(const Segment* segments, u32 count, const u32* arena, u32 first_unit, Status* status, u32* bitmap) {        \
         decode_flags<W>(segments, count, arena, first_unit, status, bitmap, (u32*)dynamic_shared);                                      \
     }
-FLAGS_KERNEL(tpde_flags_8, u8, 5)
-FLAGS_KERNEL(tpde_flags_16, u16, 5)
+// Only there do five blocks' registers hold what mode F needs.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000)
+#define FLAGS_BLOCKS 5
+#else
+#define FLAGS_BLOCKS 4
+#endif
+
+FLAGS_KERNEL(tpde_flags_8, u8, FLAGS_BLOCKS)
+FLAGS_KERNEL(tpde_flags_16, u16, FLAGS_BLOCKS)
 FLAGS_KERNEL(tpde_flags_32, u32, 4)
