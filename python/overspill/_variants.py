@@ -58,8 +58,11 @@ class Variants:
         if there.kind == "standalone":
             raise ValueError(f"{name!r} stands alone; a variant is a patch of the base")
         self.switch(None)
-        base = {key: tensor.detach().cpu() for key, tensor in tensors_of(self.model).items()}
-        back = tpde.pack(there.apply(base, base_id=self.base_id), base)
+        held = tensors_of(self.model)
+        base = {key: tensor.detach().cpu() for key, tensor in held.items()}
+        # Kernels take what they decode in one pass; threads take what is smallest.
+        on_gpu = any(tensor.device.type == "cuda" for tensor in held.values())
+        back = tpde.pack(there.apply(base, base_id=self.base_id), base, codec="gpu" if on_gpu else "auto")
         assert back.data is not None
         self._ways[name] = (there, tpde.Patch(back.data))
 
