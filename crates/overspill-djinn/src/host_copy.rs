@@ -40,6 +40,20 @@ pub(crate) enum Place {
     Disk(Arc<DiskExtent>),
 }
 
+impl Piece {
+    pub fn is_on_disk(&self) -> bool {
+        self.extent_bytes().is_some()
+    }
+
+    /// What it takes on disk, if it is there: at least the bytes that count.
+    pub fn extent_bytes(&self) -> Option<usize> {
+        match &self.place {
+            Place::Disk(extent) => Some(extent.bytes()),
+            Place::Host { .. } => None,
+        }
+    }
+}
+
 impl HostCopy {
     pub fn new(geometry: &Geometry) -> Self {
         Self { runs: (0..geometry.layers).map(|_| Default::default()).collect() }
@@ -53,8 +67,8 @@ impl HostCopy {
         &mut self.runs[layer][part as usize]
     }
 
-    pub fn runs_mut(&mut self) -> impl Iterator<Item = &mut Run> {
-        self.runs.iter_mut().flatten()
+    pub fn pieces_mut(&mut self) -> impl Iterator<Item = &mut Piece> {
+        self.runs.iter_mut().flatten().flat_map(|run| &mut run.pieces)
     }
 
     /// The same bytes for another session, which will not append to these pieces.
@@ -75,7 +89,7 @@ impl HostCopy {
     }
 
     pub fn clear(&mut self) {
-        self.runs_mut().for_each(|run| run.pieces.clear());
+        self.runs.iter_mut().flatten().for_each(|run| run.pieces.clear());
     }
 }
 

@@ -13,6 +13,7 @@
 
 mod arena;
 mod counters;
+mod disk;
 mod error;
 mod geometry;
 mod host_copy;

@@ -1,18 +1,16 @@
-//! Moving sessions: device to host copy and back, host copy to disk and back.
+//! Moving sessions: device to host copy and back.
 //!
 //! A step that fails leaves every session where it was: tokens count as clean only when their copy
-//! is enqueued, a seat is given up only by a session without dirty tokens, and a piece of a host
-//! copy is let go of only when it is on disk.
+//! is enqueued, and a seat is given up only by a session without dirty tokens.
 
 use std::{ops::Range, sync::Arc};
 
 use overspill_device::{self as device, DeviceRange, HostExtent, HostTape};
-use overspill_engine::{self as engine, Tier};
 
 use crate::{
     Error, Part, Pool, Residency, Result,
     arena::no_fences,
-    host_copy::{Place, Stretch},
+    host_copy::Stretch,
     log::{Cause, Pending},
     scheduler::Event,
 };
@@ -125,71 +123,6 @@ impl Pool {
         entry.copy.clear();
         self.counters.host_copies_dropped += 1;
         self.count(id)
-    }
-
-    /// Writes the host copy of a session to disk and gives back its host memory. A write that fails
-    /// leaves the rest in host memory.
-    pub fn spill(&mut self, id: u64) -> Result<()> {
-        let outcome = self.write_out(id);
-        self.count(id)?;
-        self.reap()?;
-        outcome
-    }
-
-    fn write_out(&mut self, id: u64) -> Result<()> {
-        let Some(file) = self.spill.clone() else { return Err(self.no_disk(id)?) };
-        let (begun_us, before) = (self.device.now_us(), self.counters.spilled_bytes);
-        let entry = self.sessions.get_mut(&id).ok_or(Error::Unknown { id })?;
-        for piece in entry.copy.runs_mut().flat_map(|run| &mut run.pieces).filter(|piece| piece.bytes > 0) {
-            if let Place::Host { tape, .. } = &piece.place {
-                let extent = file.write(tape.as_slice(piece.bytes)?)?;
-                piece.place = Place::Disk(Arc::new(extent));
-                self.counters.spilled_bytes += piece.bytes as u64;
-            }
-        }
-        let bytes = (self.counters.spilled_bytes - before) as usize;
-        self.log.note(id, Cause::Spill, bytes, begun_us, self.device.now_us());
-        Ok(())
-    }
-
-    /// Reads what of a session is on disk into host memory. A read that fails leaves it on disk.
-    pub fn unspill(&mut self, id: u64) -> Result<()> {
-        if self.entry(id)?.copy.disk_bytes() == 0 {
-            return Ok(());
-        }
-        let outcome = self.read_in(id);
-        self.count(id)?;
-        outcome
-    }
-
-    fn read_in(&mut self, id: u64) -> Result<()> {
-        let layers = self.config.geometry.layers;
-        let (begun_us, before) = (self.device.now_us(), self.counters.unspilled_bytes);
-        for (layer, part) in (0..layers).flat_map(|layer| Part::BOTH.map(|part| (layer, part))) {
-            for index in 0..self.entry(id)?.copy.run(layer, part).pieces.len() {
-                self.unspill_piece(id, layer, part, index)?;
-            }
-        }
-        let bytes = (self.counters.unspilled_bytes - before) as usize;
-        if bytes > 0 {
-            self.log.note(id, Cause::Unspill, bytes, begun_us, self.device.now_us());
-        }
-        Ok(())
-    }
-
-    fn unspill_piece(&mut self, id: u64, layer: usize, part: Part, index: usize) -> Result<()> {
-        let piece = &self.entry(id)?.copy.run(layer, part).pieces[index];
-        let (bytes, extent) = match &piece.place {
-            Place::Disk(extent) => (piece.bytes, Arc::clone(extent)),
-            Place::Host { .. } => return Ok(()),
-        };
-        // The checksum is of the whole extent, of which a rewind may have cut some off.
-        let tape = HostTape::new(self.host_extent(extent.bytes(), id, true)?);
-        tape.append_host(extent.bytes(), |into| extent.read(into))?;
-        let place = Place::Host { tape: Arc::new(tape), owned: false };
-        self.entry(id)?.copy.run_mut(layer, part).pieces[index].place = place;
-        self.counters.unspilled_bytes += bytes as u64;
-        Ok(())
     }
 
     /// Enqueues the copies of what is dirty in `layers`, batch by batch.
@@ -349,16 +282,5 @@ impl Pool {
                 None => return Err(self.host.full(bytes).into()),
             }
         }
-    }
-
-    fn no_disk(&mut self, id: u64) -> Result<Error> {
-        let requested_bytes = self.entry(id)?.copy.host_bytes() as u64;
-        Ok(Error::Engine(engine::Error::Full {
-            tier: Tier::Disk,
-            requested_bytes,
-            available_bytes: 0,
-            budget_bytes: 0,
-            advice: "give the pool a spill folder",
-        }))
     }
 }
