@@ -1,8 +1,9 @@
 """Two fine-tunes that 24 GB cannot hold, in 24 GB: all weights of a 1B shape, and a LoRA adapter of an 8B shape.
 
 transformers' Llama, random weights, bf16, one long sequence, AdamW with 16-bit states, Liger's fused head and loss on all
-sides where it loads (``peers`` folder). torch's allocator is held to 23 GiB, so that what does not fit fails as it
-would there; NVML's log of the STORM run stands beside it. Keep-all, gradient checkpointing and STORM, one process.
+sides where it loads (``peers`` folder). torch's allocator is held to 22 GiB, so that what does not fit fails as it
+would there; NVML's log of STORM's run stands beside it. Every method of a case begins with the same weights; losses
+are compared step by step. The card's own link and speed are not emulated.
 """
 
 from __future__ import annotations
@@ -13,42 +14,47 @@ import gc
 import json
 import statistics
 import time
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
 import peft
 import torch
 from storm_evidence import Memory
-from storm_limit import earlier_rows, with_worst
+from storm_parts import fused_loss
 from storm_v1 import GB
 from transformers import LlamaConfig, LlamaModel
 
-from common import row, write_results, write_series
+from common import commit, row, update_results, write_series
 from overspill import Storm
+from overspill.errors import OverspillError
 
 CARD_BYTES = 24 * 2**30
-# What a driver's context and cuBLAS take beside torch's own.
-TORCH_BYTES = 23 * 2**30
+# A driver's context and cuBLAS take the rest.
+TORCH_BYTES = 22 * 2**30
 # Left to the gaps of torch's allocator.
 GAPS_BYTES = 2**30
 
 
+PEERS = ("checkpointing", "checkpointing + offload")
+
+
 @dataclass
 class Case:
-    """One fine-tune."""
+    """One fine-tune, and what is tried at each length."""
 
     shape: dict[str, int]
-    tokens: int
     is_lora: bool
     what: str
+    methods: dict[int, tuple[str, ...]]
 
 
 CASES = {
     "full": Case(
         {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
-        32_768,
         False,
-        "every weight of a 1.2B Llama",
+        "every weight of a 1.5B Llama",
+        {32_768: ("keep-all", *PEERS, "STORM"), 65_536: (*PEERS, "STORM", "STORM + checkpointing")},
     ),
     "lora": Case(
         {
@@ -57,11 +63,23 @@ CASES = {
             "num_hidden_layers": 32,
             "num_attention_heads": 32,
         },
-        16_384,
         True,
         "a LoRA adapter (peft, r = 16, q and v) of an 8B Llama",
+        {
+            16_384: ("keep-all", *PEERS, "STORM", "STORM + checkpointing"),
+            32_768: (*PEERS, "STORM + checkpointing"),
+        },
     ),
 }
+
+
+@dataclass
+class Seen:
+    """What came of one method."""
+
+    ms: float
+    peak_bytes: int
+    losses: list[float]
 
 
 class Model(torch.nn.Module):
@@ -85,143 +103,159 @@ class Model(torch.nn.Module):
         return fused_loss(hidden[0, :-1], self.head.weight, ids[0, 1:])
 
 
-def fused_loss(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Liger's head and cross-entropy in one; plain, in checkpointed pieces, where it does not load."""
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as fused
-    except ImportError:
-        return pieces_loss(hidden, weight, ids)
-    made = fused.apply(hidden, weight, ids)
-    return made[0] if isinstance(made, tuple) else made
-
-
-def pieces_loss(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The same in plain PyTorch, 2,048 tokens at a time."""
-
-    def one(some: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        logits = torch.nn.functional.linear(some, weight).float()
-        return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-
-    pairs = zip(hidden.split(2048), ids.split(2048), strict=True)
-    parts = [torch.utils.checkpoint.checkpoint(one, *pair, use_reentrant=False) for pair in pairs]
-    return torch.stack(parts).sum() / len(ids)
-
-
-def train(model: Model, ids: torch.Tensor, context: Any, steps: int) -> tuple[float, int, float]:
-    """Median ms of a step behind the first half of ``steps``, the peak of torch's bytes, and the last loss."""
+def train(model: Model, ids: torch.Tensor, context: Any, steps: int) -> Seen:
+    """Median ms of the last three steps, and the most of torch's bytes in them; of two where there are no more."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=ids.is_cuda)
-    times, loss = [], torch.zeros(())
+    times, losses = [], []
+    last = min(3, steps - 1)
     with context:
         for n in range(steps):
-            if n == steps // 2 and ids.is_cuda:
+            if n == steps - last and ids.is_cuda:
                 torch.cuda.reset_peak_memory_stats()
             begin = time.perf_counter()
             loss = model(ids)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
+            losses.append(loss.detach())
+            del loss
             if ids.is_cuda:
                 torch.cuda.synchronize()
             times.append((time.perf_counter() - begin) * 1e3)
     peak = torch.cuda.max_memory_allocated() if ids.is_cuda else 0
-    return statistics.median(times[steps // 2 :]), peak, float(loss)
+    return Seen(statistics.median(times[-last:]), peak, [float(loss) for loss in losses])
 
 
-def attempt(model: Model, ids: torch.Tensor, context: Any, steps: int) -> tuple[float, int, float] | None:
-    """None where the memory does not suffice."""
-    try:
-        return train(model, ids, context, steps)
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        model.zero_grad(set_to_none=True)
-        gc.collect()
-        if ids.is_cuda:
-            torch.cuda.empty_cache()
-
-
-def run(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one case."""
-    case = CASES[name]
-    tokens = options.tokens or case.tokens
+def build(case: Case, tokens: int, options: argparse.Namespace) -> tuple[Model, torch.Tensor]:
+    """The same weights and the same text each time."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(options.device):
         model = Model(case, tokens, options.vocab)
         ids = torch.randint(0, options.vocab, (1, tokens))
     torch.set_default_dtype(torch.float32)
-    on_gpu = options.device == "cuda"
-    if on_gpu:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(TORCH_BYTES / total)
-    say = {"keep-all": attempt(model, ids, contextlib.nullcontext(), 2)}
-    model.body.gradient_checkpointing_enable()
-    if case.is_lora:
-        model.body.enable_input_require_grads()
-    model.train()
-    say["checkpointing"] = attempt(model, ids, contextlib.nullcontext(), 4)
-    model.body.gradient_checkpointing_disable()
-    watch = Memory() if on_gpu else contextlib.nullcontext()
-    with watch as memory:
-        storm = Storm(
-            model, vram_budget=TORCH_BYTES - GAPS_BYTES if on_gpu else None, host_budget=options.host_budget
-        )
-        say["STORM"] = attempt(model, ids, storm, options.steps)
+    return model.train(), ids
+
+
+def attempt(
+    case: Case, tokens: int, method: str, options: argparse.Namespace
+) -> tuple[Seen | str, dict[str, Any]]:
+    """What came of a method, or why nothing did; and what STORM says of itself."""
+    model = storm = ids = None
+    begin = time.perf_counter()
+    said: dict[str, Any] = {}
+    try:
+        model, ids = build(case, tokens, options)
+        if "checkpointing" in method:
+            model.body.gradient_checkpointing_enable(**({"offload": True} if "offload" in method else {}))
+            if case.is_lora:
+                model.body.enable_input_require_grads()
+        if not method.startswith("STORM"):
+            return train(model, ids, contextlib.nullcontext(), options.peer_steps), said
+        budget = TORCH_BYTES - GAPS_BYTES if ids.is_cuda else None
+        storm = Storm(model, vram_budget=budget, host_budget=options.host_budget)
+        with Memory() if ids.is_cuda else contextlib.nullcontext() as memory:
+            seen = train(model, ids, storm, options.steps)
         storm.close()
-    seen = {
-        method: "out of memory"
-        if got is None
-        else f"{got[0]:.0f} ms, {got[1] / GB:.1f} GB, loss {got[2]:.4f}"
-        for method, got in say.items()
-    }
-    record = json.loads(storm._planner.record_json() or '{"units": []}')["units"]
-    saved = sum(unit["bytes"] for unit in record if not unit["is_narrow"])
-    note = (
-        f"{case.what}, random weights, bf16, one sequence of {tokens} tokens, AdamW in bf16; torch held to "
-        f"{TORCH_BYTES / GB:.1f} GB; {seen}; autograd saves {saved / GB:.1f} GB; plan {storm.report()['predicted']}"
-    )
-    print(f"card24 {name}: {note}", flush=True)
-    got, peer = say["STORM"], say["checkpointing"]
-    rows = []
-    if got is not None:
-        rows.append(
-            row(
-                f"storm_limit.card24_{name}.step_ms",
-                got[0],
-                "ms",
-                peer="checkpointing" if peer else None,
-                peer_value=peer[0] if peer else None,
-                note=note,
+        record = json.loads(storm._planner.record_json() or '{"units": []}')["units"]
+        said["saved"] = sum(unit["bytes"] for unit in record if not unit["is_narrow"])
+        said["plan"] = storm.report()["predicted"]
+        if memory is not None:
+            said["nvml"] = memory
+        return seen, said
+    except torch.OutOfMemoryError:
+        return "out of memory", said
+    except OverspillError as error:
+        traceback.print_exc()
+        return str(error)[:120], said
+    finally:
+        del model, storm, ids
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(f"    {method}: {time.perf_counter() - begin:.1f} s in all", flush=True)
+
+
+def in_words(seen: Seen | str) -> str:
+    """One method's outcome."""
+    if isinstance(seen, str):
+        return seen
+    return f"{seen.ms:.0f} ms, {seen.peak_bytes / GB:.1f} GB, losses {[round(x, 4) for x in seen.losses[:3]]}"
+
+
+def run(name: str, tokens: int, options: argparse.Namespace) -> None:
+    """One case at one length; results are written after every method."""
+    case = CASES[name]
+    outcome: dict[str, Seen | str] = {}
+    goal = f"storm_limit.card24_{name}_{tokens // 1024}k"
+    note = ""
+    for method in options.methods or case.methods[tokens]:
+        outcome[method], said = attempt(case, options.tokens or tokens, method, options)
+        print(
+            f"card24 {name} {tokens}: {method}: {in_words(outcome[method])} {said.get('plan', '')}",
+            flush=True,
+        )
+        peers = {m: s for m, s in outcome.items() if m in PEERS and isinstance(s, Seen)}
+        peer = min(peers, key=lambda m: peers[m].ms) if peers else None
+        own = {m: s for m, s in outcome.items() if m.startswith("STORM") and isinstance(s, Seen)}
+        if not own:
+            continue
+        best = min(own, key=lambda m: own[m].ms)
+        if method == best:
+            plan = said["plan"]
+            bound = plan["stall_us"] + plan["rebuild_us"] + plan["codec_us"]
+            note = (
+                f"{case.what}, random weights, bf16, one sequence of {options.tokens or tokens} tokens, AdamW in bf16, "
+                f"torch held to {TORCH_BYTES / GB:.1f} GB; {{outcome}}; autograd saves {said['saved'] / GB:.1f} GB, "
+                f"rebuilt {plan['rebuilt_bytes'] / GB:.1f}, offloaded {plan['offloaded_bytes'] / GB:.1f}, kept "
+                f"{plan['kept_bytes'] / GB:.1f} GB"
             )
-        )
-    if on_gpu and got is not None:
-        most = max(memory.used_bytes)
-        rows.append(row(f"storm_limit.card24_{name}.nvml_gb_max", most / GB, "GB", note="of the STORM run"))
-        marks = [(CARD_BYTES, "24 GiB"), (saved, "what autograd saves")]
-        write_series(
-            f"storm_24gb_{name}_nvml",
-            {**memory.log(), "marks": marks, "title": f"STORM in 24 GB: {case.what}, {tokens} tokens"},
-        )
-    return rows
+            limit = f"simulator: {plan['step_us'] / 1e3:.0f} ms, of which {bound / 1e3:.0f} ms are STORM's"
+        words = "; ".join(f"{m}: {in_words(s)}" for m, s in outcome.items())
+        rows = [
+            row(
+                f"{goal}.step_ms",
+                own[best].ms,
+                "ms",
+                peer=peer,
+                peer_value=peers[peer].ms if peer else None,
+                limit=limit,
+                note=note.format(outcome=words) + f" (commit {commit()[:10]})",
+            )
+        ]
+        memory = said.get("nvml")
+        if method == best and memory is not None:
+            most = max(memory.used_bytes)
+            rows.append(
+                row(f"{goal}.nvml_gb_max", most / GB, "GB", limit="25.77", note=f"of the {method} run")
+            )
+            marks = [(CARD_BYTES, "24 GiB"), (said["saved"], "what autograd saves")]
+            title = f"{method} in 24 GB: {case.what}, {tokens:,} tokens"
+            write_series(f"storm_24gb_{name}_nvml", {**memory.log(), "marks": marks, "title": title})
+        update_results(options.name, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--lengths", nargs="*", type=int, help="of the case's, these only")
+    parser.add_argument("--methods", nargs="*", help="instead of the length's")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tokens", type=int, help="instead of the case's")
+    parser.add_argument("--tokens", type=int, help="as many instead, where this is only tried out")
     parser.add_argument("--vocab", type=int, default=128_256)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--host-budget", default="70GiB")
+    parser.add_argument("--steps", type=int, default=7, help="of STORM, which learns in the first four")
+    parser.add_argument("--peer-steps", type=int, default=3)
+    parser.add_argument("--host-budget", default="64GiB")
     parser.add_argument("--name", default="storm_limit")
     options = parser.parse_args()
+    if options.device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(TORCH_BYTES / total)
     for name in options.cases:
-        rows = run(name, options)
-        ids = {r["id"] for r in rows}
-        kept = [r for r in earlier_rows(options.name) if r["id"] not in ids]
-        write_results(options.name, with_worst([*kept, *rows]))
-        gc.collect()
+        for tokens in options.lengths or CASES[name].methods:
+            if tokens in CASES[name].methods:
+                run(name, tokens, options)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ class Part:
     has_peers: bool = False
     is_whole: bool = False
     """transformers' whole model of the 8B shape, with its embedding, head and loss."""
+    has_fused_loss: bool = False
+    """Head and loss are Liger's one operation, which never holds all logits."""
 
 
 PARTS = {
@@ -47,6 +49,7 @@ PARTS = {
     "h8192_12": Part(8192, 12, {"h8192_4x": 4}),
     "seq32k": Part(4096, 4, {"h4096_2x_seq32k": 2}, 32_768, 1),
     "hf_llama8b": Part(4096, 24, {"hf_llama8b_2x": 2}, is_whole=True),
+    "hf_llama8b_liger": Part(4096, 24, {"hf_llama8b_liger_2x": 2}, is_whole=True, has_fused_loss=True),
 }
 # Storm learns a step in its first four; the rest is for the allocator to settle.
 WARM_STEPS = 6
@@ -68,9 +71,35 @@ class Whole(torch.nn.Module):
             attn_implementation="sdpa",
         )
         self.model = LlamaForCausalLM(config)
+        self.has_fused_loss = part.has_fused_loss
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.has_fused_loss:
+            hidden = self.model.model(input_ids=ids).last_hidden_state[:, :-1]
+            return fused_loss(hidden.flatten(0, 1), self.model.lm_head.weight, ids[:, 1:].flatten())
         return self.model(input_ids=ids, labels=ids).loss
+
+
+def fused_loss(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Liger's head and cross-entropy in one; plain, in checkpointed pieces, where it does not load."""
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as fused
+    except ImportError:
+        return pieces_loss(hidden, weight, ids)
+    made = fused.apply(hidden, weight, ids)
+    return made[0] if isinstance(made, tuple) else made
+
+
+def pieces_loss(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The same in plain PyTorch, 2,048 tokens at a time."""
+
+    def one(some: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = torch.nn.functional.linear(some, weight).float()
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+    pairs = zip(hidden.split(2048), ids.split(2048), strict=True)
+    parts = [torch.utils.checkpoint.checkpoint(one, *pair, use_reentrant=False) for pair in pairs]
+    return torch.stack(parts).sum() / len(ids)
 
 
 def build(part: Part) -> tuple[torch.nn.Module, torch.Tensor]:

@@ -258,6 +258,11 @@ class Engine:
         planted: str | None = None,
         trace: bool = False,
     ) -> Engine: ...
+    @property
+    def capacity_bytes(self, /) -> int:
+        """
+        Most bytes that can be away at once, on the host and in the spill file.
+        """
     def counters_json(self, /) -> str:
         """
         Counters as JSON: `pool`, `disk_bytes`, and per cause `count`, `bytes`, `busy_us`.
@@ -410,11 +415,13 @@ class Planner:
         fixed_bytes: SupportsIndex,
         lookahead_bytes: SupportsIndex,
         slack_bytes: SupportsIndex,
+        host_bytes: SupportsIndex,
         offload_gbps: SupportsFloat | SupportsIndex,
         onboard_gbps: SupportsFloat | SupportsIndex,
     ) -> Planner:
         """
-        A planner for `budget_bytes`, of which `fixed_bytes` are taken whatever happens.
+        A planner for `budget_bytes`, of which `fixed_bytes` are taken whatever happens. What it sends away takes at
+        most `host_bytes` where there is another choice.
         """
     def arrived(self, /, unit: SupportsIndex, stalled_us: SupportsFloat | SupportsIndex) -> None:
         """

@@ -92,17 +92,20 @@ class Storm:
         )
         self.vram_budget_bytes = budget
         lookahead = max(budget // 16, _MIB)
+        self._engine = open_engine(self._edge, host_budget, spill_dir, spill_limit, seed, trace)
+        capacity = self._engine.capacity_bytes
         self._planner = Planner(
             budget_bytes=budget,
             fixed_bytes=self._fixed_bytes(),
             lookahead_bytes=lookahead,
             # A process's memory is what the system says, in pages, and with what the allocator holds back.
             slack_bytes=lookahead if self._edge.device.type == "cpu" else 0,
+            # An eighth for the gaps of the pool.
+            host_bytes=capacity - capacity // 8,
             # Until the copies of the first step have been timed.
             offload_gbps=1.0,
             onboard_gbps=1.0,
         )
-        self._engine = open_engine(self._edge, host_budget, spill_dir, spill_limit, seed, trace)
         self._units: weakref.WeakValueDictionary[int, Unit] = weakref.WeakValueDictionary()
         self._by_storage: dict[int, list[weakref.ref[Unit]]] = {}
         self._timeline = Timeline(self._edge)

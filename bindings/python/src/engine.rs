@@ -152,6 +152,12 @@ impl Engine {
         py.detach(|| self.engine.drain()).map_err(|error| engine_error(&error))
     }
 
+    /// Most bytes that can be away at once, on the host and in the spill file.
+    #[getter]
+    fn capacity_bytes(&self) -> u64 {
+        self.engine.capacity_bytes()
+    }
+
     /// Counters as JSON: `pool`, `disk_bytes`, and per cause `count`, `bytes`, `busy_us`.
     fn counters_json(&self) -> PyResult<String> {
         let stats = self.engine.stats().map_err(|error| engine_error(&error))?;

@@ -42,19 +42,22 @@ fn numbers(units: Vec<UnitId>) -> Vec<u64> {
 
 #[pymethods]
 impl Planner {
-    /// A planner for `budget_bytes`, of which `fixed_bytes` are taken whatever happens.
+    /// A planner for `budget_bytes`, of which `fixed_bytes` are taken whatever happens. What it sends away takes at
+    /// most `host_bytes` where there is another choice.
     #[new]
-    #[pyo3(signature = (*, budget_bytes, fixed_bytes, lookahead_bytes, slack_bytes, offload_gbps, onboard_gbps))]
+    #[pyo3(signature = (*, budget_bytes, fixed_bytes, lookahead_bytes, slack_bytes, host_bytes, offload_gbps, onboard_gbps))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python constructor")]
     fn new(
         budget_bytes: u64,
         fixed_bytes: u64,
         lookahead_bytes: u64,
         slack_bytes: u64,
+        host_bytes: u64,
         offload_gbps: f64,
         onboard_gbps: f64,
     ) -> PyResult<Self> {
         let link = Link { offload_gbps, onboard_gbps };
-        let limits = Limits { budget_bytes, lookahead_bytes, slack_bytes, link };
+        let limits = Limits { budget_bytes, lookahead_bytes, slack_bytes, host_bytes, link };
         let planner = storm::Planner::new(limits, fixed_bytes).map_err(|error| storm_error(&error))?;
         Ok(Self { planner: Mutex::new(planner), clock: std::time::Instant::now() })
     }

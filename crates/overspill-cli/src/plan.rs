@@ -45,7 +45,8 @@ const MODELS: [(&str, [u64; 5], bool); 5] = [
 ///
 /// Examples:
 ///   overspill plan --model llama-8b --card h200 --batch 4 --sequence 4096
-///   overspill plan --model llama-1b --card rtx4090 --batch 1 --sequence 16384 --optimizer adamw --budget-gb 20
+///   overspill plan --model llama-1b --card rtx4090 --sequence 32768 --optimizer adamw --fused-loss
+///   overspill plan --model llama-8b --card rtx4090 --sequence 8192 --lora 16 --fused-loss --host-gb 48
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
@@ -67,8 +68,17 @@ pub struct Args {
     /// States of the optimizer beside 16-bit weights and gradients: none, or adamw (two, in 16 bit).
     #[arg(long, default_value = "none", value_parser = ["none", "adamw"])]
     optimizer: String,
+    /// Train low-rank adapters of this rank at queries and values, over frozen weights.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=4096))]
+    lora: Option<u64>,
+    /// Head and loss in one operation that never holds all logits, as Liger has it.
+    #[arg(long)]
+    fused_loss: bool,
+    /// GB (1e9 bytes) of host memory for what leaves; default: without end.
+    #[arg(long)]
+    host_gb: Option<f64>,
     /// GB (1e9 bytes) that may be in use in all; default: the card's less 6%, and halves and quarters of
-    /// the activations.
+    /// the activations where that is less.
     #[arg(long)]
     budget_gb: Option<f64>,
     /// GB/s (1e9 bytes) of the host link in one direction; default: what pinned copies reach on the card's.
@@ -94,15 +104,18 @@ struct Report<'a> {
     fixed_bytes: u64,
     alone_us: f64,
     gbps: f64,
+    host_bytes: u64,
     priced: Vec<Priced>,
 }
 
 impl Priced {
     /// What keeps the step from being faster, or from running.
-    fn binds(&self) -> &'static str {
+    fn binds(&self, host_bytes: u64) -> &'static str {
         let predicted = &self.plan.predicted;
         if predicted.peak_bytes > self.budget_bytes {
             "does not fit"
+        } else if predicted.host_bytes > host_bytes {
+            "does not fit the host"
         } else if predicted.offloaded_bytes + predicted.compressed_bytes + predicted.rebuilt_bytes == 0 {
             "nothing: all is kept"
         } else if predicted.stall_us + predicted.rebuild_us + predicted.codec_us < 1e-3 * predicted.step_us {
@@ -121,11 +134,24 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let (_, [layers, hidden, inner, kv, vocab], is_tied) =
         *named(&MODELS, &args.model, |model| model.0, "model")?;
     let layers = args.layers.unwrap_or(layers);
-    let shape =
-        Shape { layers, hidden, inner, kv, vocab, is_tied, batch: args.batch, sequence: args.sequence };
+    let shape = Shape {
+        layers,
+        hidden,
+        inner,
+        kv,
+        vocab,
+        is_tied,
+        adapter_rank: args.lora.unwrap_or(0),
+        has_fused_loss: args.fused_loss,
+        batch: args.batch,
+        sequence: args.sequence,
+    };
     let gbps = positive(args.link_gbps.unwrap_or(card.link_gbps), "--link-gbps")?;
-    let states = if args.optimizer == "adamw" { 4 } else { 2 };
-    let fixed_bytes = 2 * shape.parameters() * states;
+    let host_bytes = match args.host_gb {
+        Some(gb) => (positive(gb, "--host-gb")? * 1e9) as u64,
+        None => u64::MAX,
+    };
+    let fixed_bytes = fixed_bytes(&shape, &args.optimizer);
     let speeds =
         Speeds { matmul_flops: card.tflops * 1e12 * MATMUL_SHARE, memory_bytes: card.memory_tbps * 1e12 };
     let record = shape.step(&speeds, fixed_bytes);
@@ -133,16 +159,23 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let priced = budgets(args, card, &record, fixed_bytes)?
         .into_iter()
         .map(|(name, budget_bytes)| {
-            let limits = Limits { budget_bytes, lookahead_bytes: 0, slack_bytes: 0, link };
+            let limits = Limits { budget_bytes, lookahead_bytes: 0, slack_bytes: 0, host_bytes, link };
             Priced { name, budget_bytes, plan: make_plan(&record, &limits) }
         })
         .collect::<Vec<_>>();
     let alone_us = record.events.last().map_or(0.0, |event| event.time_us);
-    let report = Report { card, shape, record, fixed_bytes, alone_us, gbps, priced };
+    let report = Report { card, shape, record, fixed_bytes, alone_us, gbps, host_bytes, priced };
     if args.json {
         return table::print_json(&to_json(&report));
     }
     table::print(&to_text(&report))
+}
+
+/// Weights, and gradients and states of those that are trained, all in 16 bit.
+fn fixed_bytes(shape: &Shape, optimizer: &str) -> u64 {
+    let beside = if optimizer == "adamw" { 3 } else { 1 };
+    let frozen = if shape.adapter_rank > 0 { shape.parameters() } else { 0 };
+    2 * (frozen + shape.trained() * (1 + beside))
 }
 
 /// The entry of `list` that is called `name`.
@@ -170,16 +203,42 @@ fn budgets(
     if let Some(gb) = args.budget_gb {
         return Ok(vec![("stated".to_owned(), (positive(gb, "--budget-gb")? * 1e9) as u64)]);
     }
+    let most = (card.memory_gb * 0.94e9) as u64;
     let shares = [2, 4].map(|share| (format!("{share}x"), fixed_bytes + record.unit_bytes() / share));
-    Ok([("card".to_owned(), (card.memory_gb * 0.94e9) as u64)].into_iter().chain(shares).collect())
+    let within = shares.into_iter().filter(|(_, bytes)| *bytes < most);
+    Ok([("card".to_owned(), most)].into_iter().chain(within).collect())
 }
 
 fn gb(bytes: u64) -> String {
     format!("{:.2}", bytes as f64 / 1e9)
 }
 
+/// What would help where the first budget is not enough; empty where it is.
+fn advice(report: &Report<'_>) -> String {
+    let Report { shape, fixed_bytes, host_bytes, priced, .. } = report;
+    let Some(Priced { budget_bytes, plan, .. }) = priced.first() else { return String::new() };
+    let predicted = &plan.predicted;
+    let mut said = String::new();
+    if fixed_bytes > budget_bytes {
+        said += "\nWeights and what is trained beside them do not fit, and STORM moves neither.";
+        if shape.adapter_rank == 0 {
+            let adapted = Shape { adapter_rank: 16, ..*shape };
+            said += &format!(" With --lora 16 they take {} GB.", gb(self::fixed_bytes(&adapted, "adamw")));
+        }
+    } else if predicted.peak_bytes > *budget_bytes {
+        said += &format!("\nNo plan found needs less than {} GB.", gb(predicted.peak_bytes));
+        if !shape.has_fused_loss && shape.vocab > 0 {
+            let logits = 2 * shape.tokens() * shape.vocab;
+            said += &format!(" --fused-loss leaves out logits of {} GB, several times.", gb(logits));
+        }
+    } else if predicted.host_bytes > *host_bytes {
+        said += &format!("\nNo plan found sends less than {} GB to the host.", gb(predicted.host_bytes));
+    }
+    said
+}
+
 fn to_text(report: &Report<'_>) -> String {
-    let Report { card, shape, record, fixed_bytes, alone_us, gbps, priced } = report;
+    let Report { card, shape, record, fixed_bytes, alone_us, gbps, host_bytes, priced } = report;
     let header = [
         "budget",
         "GB",
@@ -205,12 +264,12 @@ fn to_text(report: &Report<'_>) -> String {
             gb(predicted.compressed_bytes),
             format!("{:.0}", predicted.step_us / 1e3),
             format!("{:+.1}%", (predicted.step_us / alone_us - 1.0) * 100.0),
-            entry.binds().to_owned(),
+            entry.binds(*host_bytes).to_owned(),
         ]);
     }
     format!(
         "{} layers, {:.2} billion weights, {} x {} tokens on {} ({} GB, {} TFLOP/s, {} TB/s; {}), link {gbps} GB/s\n\
-         weights, gradients and optimizer {} GB; activations {} GB; keep-all peaks at {} GB and takes {:.0} ms\n\n{}",
+         weights, gradients and optimizer {} GB; activations {} GB; keep-all peaks at {} GB and takes {:.0} ms\n\n{}{}",
         shape.layers,
         shape.parameters() as f64 / 1e9,
         shape.batch,
@@ -224,12 +283,13 @@ fn to_text(report: &Report<'_>) -> String {
         gb(record.unit_bytes()),
         gb(record.keep_all_peak_bytes()),
         alone_us / 1e3,
-        table::columns(&rows)
+        table::columns(&rows),
+        advice(report)
     )
 }
 
 fn to_json(report: &Report<'_>) -> serde_json::Value {
-    let Report { card, shape, record, fixed_bytes, alone_us, gbps, priced } = report;
+    let Report { card, shape, record, fixed_bytes, alone_us, gbps, host_bytes, priced } = report;
     let plans: Vec<_> = priced
         .iter()
         .map(|entry| {
@@ -237,7 +297,7 @@ fn to_json(report: &Report<'_>) -> serde_json::Value {
                 "budget": entry.name,
                 "budget_bytes": entry.budget_bytes,
                 "predicted": entry.plan.predicted,
-                "binds": entry.binds(),
+                "binds": entry.binds(*host_bytes),
             })
         })
         .collect();
@@ -246,6 +306,7 @@ fn to_json(report: &Report<'_>) -> serde_json::Value {
         "card_source": card.source,
         "link_gbps": gbps,
         "parameters": shape.parameters(),
+        "trained": shape.trained(),
         "fixed_bytes": fixed_bytes,
         "activation_bytes": record.unit_bytes(),
         "keep_all_peak_bytes": record.keep_all_peak_bytes(),

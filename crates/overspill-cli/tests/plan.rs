@@ -45,6 +45,26 @@ fn every_card_and_model_has_a_table() {
 fn what_cannot_fit_is_said() {
     let found = document(&["--model", "llama-8b", "--card", "rtx4090", "--optimizer", "adamw"]);
     assert_eq!(found["plans"][0]["binds"], "does not fit");
+    let out = plan(&["--model", "llama-8b", "--card", "rtx4090", "--optimizer", "adamw"]);
+    assert!(String::from_utf8_lossy(&out.stdout).contains("--lora 16"), "{out:?}");
+    let out = plan(&["--model", "llama-1b", "--card", "rtx4090", "--sequence", "32768"]);
+    assert!(String::from_utf8_lossy(&out.stdout).contains("--fused-loss"), "{out:?}");
+}
+
+/// What most owners of 24 GB ask: every weight of a small model over a long text, and adapters of an 8B one.
+#[test]
+fn a_card_of_24_gb_gets_an_answer() {
+    let small = ["--model", "llama-1b", "--card", "rtx4090", "--sequence", "32768", "--optimizer", "adamw"];
+    let adapters = ["--model", "llama-8b", "--card", "rtx4090", "--sequence", "8192", "--lora", "16"];
+    for args in [&small[..], &adapters[..]] {
+        let found = document(&[args, &["--fused-loss", "--host-gb", "48"]].concat());
+        assert!(found["keep_all_peak_bytes"].as_f64() > Some(25.769e9), "{found}");
+        let predicted = &found["plans"][0]["predicted"];
+        assert!(predicted["peak_bytes"].as_f64() <= Some(0.94 * 25.769e9), "{found}");
+        assert!(predicted["host_bytes"].as_f64() <= Some(48e9), "{found}");
+    }
+    // Rank 16 at queries (4096 in and out) and values (1024 out) of 32 layers.
+    assert_eq!(document(&adapters)["trained"], 32 * 16 * (4096 + 4096 + 4096 + 1024));
 }
 
 #[test]

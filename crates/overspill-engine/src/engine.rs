@@ -119,6 +119,14 @@ impl Engine {
         Ok(Self(Arc::new(shared)))
     }
 
+    /// Most bytes that can be away at once: the host's budget and the spill file's limit. Gaps between what is
+    /// stored come off.
+    #[must_use]
+    pub fn capacity_bytes(&self) -> u64 {
+        let config = &self.0.config;
+        config.host_budget_bytes as u64 + config.spill.as_ref().map_or(0, |spill| spill.limit_bytes)
+    }
+
     /// The device below.
     #[must_use]
     pub fn device(&self) -> &DeviceRef {

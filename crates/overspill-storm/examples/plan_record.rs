@@ -33,7 +33,7 @@ fn run() -> Result<String, String> {
     let gbps =
         rest.first().map_or(Ok(55.0), |text| text.parse()).map_err(|error| format!("link: {error}"))?;
     let link = Link { offload_gbps: gbps, onboard_gbps: gbps };
-    let limits = Limits { budget_bytes, lookahead_bytes: 0, slack_bytes: 0, link };
+    let limits = Limits { budget_bytes, lookahead_bytes: 0, slack_bytes: 0, host_bytes: u64::MAX, link };
     let begin = Instant::now();
     let plan = make_plan(&record, &limits);
     let plan_ms = begin.elapsed().as_secs_f64() * 1e3;
@@ -54,6 +54,6 @@ fn from_file(path: &str) -> Result<StepRecord, String> {
 
 fn by_arithmetic(layers: u64) -> StepRecord {
     let (hidden, inner, kv) = (4096, 14_336, 1024);
-    let shape = Shape { layers, hidden, inner, kv, vocab: 0, is_tied: false, batch: 4, sequence: 4096 };
+    let shape = Shape { layers, hidden, inner, kv, batch: 4, sequence: 4096, ..Shape::default() };
     shape.step(&Speeds { matmul_flops: 737e12, memory_bytes: 4.8e12 }, 0)
 }

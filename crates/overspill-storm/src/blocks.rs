@@ -3,12 +3,13 @@
 //!
 //! Shapes and dtypes are those of transformers' Llama in 16 bit: norms keep a 32-bit copy of their input,
 //! nothing is fused. Times are matmuls at the device's matmul speed plus all else at its memory's speed.
-//! Attention is causal and keeps no scores. Does not know of optimizers, fragmentation, or other models.
+//! Attention is causal and keeps no scores. With an adapter the model's own weights are frozen, so that norms and
+//! matmuls save less, and less has a recipe. Does not know of optimizers, fragmentation, or other models.
 
 use crate::{Coded, Event, Recipe, StepRecord, Unit};
 
 /// Shape of the model and of one batch.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Shape {
     /// Decoder layers.
     pub layers: u64,
@@ -22,6 +23,10 @@ pub struct Shape {
     pub vocab: u64,
     /// Whether the head uses the embedding's weights.
     pub is_tied: bool,
+    /// Rank of low-rank adapters of queries and values, which alone are trained; 0 trains every weight.
+    pub adapter_rank: u64,
+    /// Whether head and loss are one operation that takes the logits in pieces and makes their gradients in forward.
+    pub has_fused_loss: bool,
     /// Sequences of a batch.
     pub batch: u64,
     /// Tokens of a sequence.
@@ -56,6 +61,22 @@ impl Shape {
         let block = attention + 3 * self.hidden * self.inner + 2 * self.hidden;
         let tables = if self.is_tied { 1 } else { 2 };
         self.layers * block + tables * self.vocab * self.hidden + self.hidden
+    }
+
+    /// Weights that are trained.
+    #[must_use]
+    pub fn trained(&self) -> u64 {
+        let adapters = self.layers * self.adapter_rank * (3 * self.hidden + self.kv);
+        if self.is_frozen() { adapters } else { self.parameters() }
+    }
+
+    fn is_frozen(&self) -> bool {
+        self.adapter_rank > 0
+    }
+
+    /// Matmuls of a weight in backward: the input's gradient, and the weight's own.
+    fn backward_matmuls(&self) -> f64 {
+        if self.is_frozen() { 1.0 } else { 2.0 }
     }
 
     /// Tokens of a batch.
@@ -112,49 +133,75 @@ impl Step {
     fn block(&mut self) -> Vec<usize> {
         let Shape { hidden, inner, kv, .. } = self.shape;
         let traffic_us = self.traffic_us() * FORWARD / 11.0;
-        let mut units = self.norm(traffic_us);
+        let mut units = self.norm(traffic_us, true);
         let input = units[units.len() - 1];
         self.pack(self.wide(hidden), self.matmul_us(hidden, hidden) + traffic_us, &mut units); // queries
         self.pack(self.wide(kv), self.matmul_us(hidden, kv) + traffic_us, &mut units); // keys
         let values = self.pack(self.wide(kv), self.matmul_us(hidden, kv), &mut units);
-        self.recipe(values, vec![input], self.matmul_us(hidden, kv));
+        if !self.shape.is_frozen() {
+            self.recipe(values, vec![input], self.matmul_us(hidden, kv));
+        }
         self.pack(self.wide(hidden), self.attention_us() + traffic_us, &mut units);
         self.now_us += self.matmul_us(hidden, hidden) + traffic_us;
-        units.extend(self.norm(traffic_us));
+        units.extend(self.norm(traffic_us, false));
         let input = units[units.len() - 1];
         let up_us = self.matmul_us(hidden, inner);
         let gate = self.pack(self.wide(inner), up_us, &mut units);
         let silu = self.pack(self.wide(inner), traffic_us, &mut units);
         let up = self.pack(self.wide(inner), up_us, &mut units);
-        let product = self.pack(self.wide(inner), traffic_us, &mut units);
-        self.recipe(gate, vec![input], up_us);
-        self.recipe(up, vec![input], up_us);
         self.recipe(silu, vec![gate], self.moved_us(2 * self.wide(inner)));
-        self.recipe(product, vec![silu, up], self.moved_us(3 * self.wide(inner)));
+        if self.shape.is_frozen() {
+            self.now_us += traffic_us;
+        } else {
+            let product = self.pack(self.wide(inner), traffic_us, &mut units);
+            self.recipe(gate, vec![input], up_us);
+            self.recipe(up, vec![input], up_us);
+            self.recipe(product, vec![silu, up], self.moved_us(3 * self.wide(inner)));
+        }
         self.now_us += up_us + 2.0 * traffic_us;
         units
     }
 
-    /// The 32-bit input with its narrow copy, the normalised cast, the weighted result.
-    fn norm(&mut self, traffic_us: f64) -> Vec<usize> {
+    /// The 32-bit input with its narrow copy, the normalised cast, the weighted result. A frozen norm saves the first,
+    /// and its result is saved where an adapter reads it.
+    fn norm(&mut self, traffic_us: f64, has_adapter: bool) -> Vec<usize> {
         let bytes = self.wide(self.shape.hidden);
         let mut units = Vec::new();
         let wide = self.pack(2 * bytes, traffic_us / 2.0, &mut units);
         let narrow = self.pack(bytes, 0.0, &mut units);
         self.record.units[narrow].is_narrow = true;
         self.record.units[wide].coded = None;
+        self.recipe(wide, vec![narrow], self.moved_us(3 * bytes));
+        if self.shape.is_frozen() {
+            if has_adapter {
+                self.pack(bytes, traffic_us, &mut units);
+            }
+            return units;
+        }
         let normal = self.pack(bytes, traffic_us / 2.0, &mut units);
         let weighted = self.pack(bytes, traffic_us / 2.0, &mut units);
-        self.recipe(wide, vec![narrow], self.moved_us(3 * bytes));
         self.recipe(normal, vec![wide], self.moved_us(7 * bytes));
         self.recipe(weighted, vec![normal], self.moved_us(2 * bytes));
         units
     }
 
     /// Head and loss, forward and backward: the probabilities in 32 bit are saved, their logits and
-    /// gradients are there for a moment.
+    /// gradients are there for a moment. A fused loss saves gradients of its input and of the head, and holds as many
+    /// logits at once as the input has values.
     fn head(&mut self) {
-        let Shape { hidden, vocab, .. } = self.shape;
+        let Shape { hidden, vocab, has_fused_loss, .. } = self.shape;
+        let matmuls = self.shape.backward_matmuls();
+        if has_fused_loss {
+            let us = (1.0 + matmuls) * self.matmul_us(hidden, vocab) + self.moved_us(5 * self.wide(vocab));
+            let weight = if self.shape.is_frozen() { 0 } else { 2 * hidden * vocab };
+            self.now_us += us;
+            self.event(3 * self.wide(hidden) + weight);
+            let saved = self.pack(self.wide(hidden) + weight, 0.0, &mut Vec::new());
+            let at = self.event(self.wide(hidden));
+            self.record.units[saved].needed_at = Some(at);
+            self.record.units[saved].freed_at = Some(self.event(0));
+            return;
+        }
         let logits = self.wide(vocab);
         let forward_us = self.matmul_us(hidden, vocab) + self.moved_us(5 * logits);
         let mut units = Vec::new();
@@ -165,13 +212,14 @@ impl Step {
         self.record.units[saved].needed_at = Some(at);
         let at = self.event(3 * logits);
         self.record.units[saved].freed_at = Some(at);
-        self.now_us += 2.0 * self.matmul_us(hidden, vocab);
+        self.now_us += matmuls * self.matmul_us(hidden, vocab);
     }
 
     /// The units of a block are needed last packed first, matmuls' shares of the time spread over them.
     fn block_backward(&mut self, units: &[usize]) {
         let Shape { hidden, inner, kv, .. } = self.shape;
-        let matmuls_us = 2.0 * self.matmul_us(hidden, 2 * hidden + 2 * kv + 3 * inner);
+        let matmuls = self.shape.backward_matmuls();
+        let matmuls_us = matmuls * self.matmul_us(hidden, 2 * hidden + 2 * kv + 3 * inner);
         let all_us = matmuls_us + 2.5 * self.attention_us() + self.traffic_us() * (1.0 - FORWARD);
         let asked: Vec<_> = units.iter().rev().filter(|&&unit| !self.record.units[unit].is_narrow).collect();
         for &&unit in &asked {

@@ -34,6 +34,8 @@ pub struct Limits {
     pub lookahead_bytes: u64,
     /// Bytes of the budget that plans leave alone, where the device does not count exactly.
     pub slack_bytes: u64,
+    /// Most bytes of what has left, as they crossed the link.
+    pub host_bytes: u64,
     /// The link that offloaded units travel on.
     pub link: Link,
 }

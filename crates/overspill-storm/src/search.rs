@@ -109,8 +109,13 @@ impl<'a> Search<'a> {
     fn is_free(&self) -> bool {
         self.best.as_ref().is_some_and(|(_, Plan { predicted, .. })| {
             predicted.stall_us + predicted.rebuild_us + predicted.codec_us <= 0.0
-                && predicted.peak_bytes <= self.budget
+                && self.excess(predicted) == 0
         })
+    }
+
+    /// Bytes by which a plan exceeds the device's budget and the host's.
+    fn excess(&self, of: &Prediction) -> u64 {
+        of.peak_bytes.saturating_sub(self.budget) + of.host_bytes.saturating_sub(self.limits.host_bytes)
     }
 
     fn settled(self) -> Plan {
@@ -207,7 +212,7 @@ impl<'a> Search<'a> {
         let coded = &self.coded[..choice.coded];
         let actions = choose(self.record, self.limits, &rebuilt, coded, choice.reserve);
         let (schedule, predicted) = simulate(self.record, &actions, self.limits);
-        let price = |of: &Prediction| (of.peak_bytes.saturating_sub(self.budget), of.step_us);
+        let price = |of: &Prediction| (self.excess(of), of.step_us);
         let better = self.best.as_ref().is_none_or(|(_, plan)| price(&predicted) < price(&plan.predicted));
         if better {
             self.best = Some((choice, Plan { actions, schedule, predicted }));

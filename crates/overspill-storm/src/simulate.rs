@@ -40,6 +40,9 @@ pub struct Prediction {
     pub offloaded_bytes: u64,
     /// Bytes that leave it compressed, before they are.
     pub compressed_bytes: u64,
+    /// Bytes that have left at the end of forward, as they crossed the link.
+    #[serde(default)]
+    pub host_bytes: u64,
     /// Bytes that are rebuilt.
     pub rebuilt_bytes: u64,
     /// Bytes that stay.
@@ -81,6 +84,7 @@ pub fn simulate(record: &StepRecord, actions: &[Action], limits: &Limits) -> (Sc
         let units = record.units.iter().zip(actions);
         units.filter(|(_, action)| **action == wanted).map(|(unit, _)| unit.bytes).sum()
     };
+    let host_bytes = (0..actions.len()).filter_map(|unit| replay.crossing(unit)).sum();
     let prediction = Prediction {
         peak_bytes: u64::try_from(replay.peak).unwrap_or(0) + record.hidden_bytes,
         step_us,
@@ -89,6 +93,7 @@ pub fn simulate(record: &StepRecord, actions: &[Action], limits: &Limits) -> (Sc
         codec_us,
         offloaded_bytes: sum(Action::Offload),
         compressed_bytes: sum(Action::Compress),
+        host_bytes,
         rebuilt_bytes: sum(Action::Rebuild),
         kept_bytes: sum(Action::Keep),
     };

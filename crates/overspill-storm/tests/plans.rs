@@ -20,6 +20,7 @@ fn limits(budget_bytes: u64) -> Limits {
         budget_bytes,
         lookahead_bytes: 0,
         slack_bytes: 0,
+        host_bytes: u64::MAX,
         link: Link { offload_gbps: 1.0, onboard_gbps: 1.0 },
     }
 }
@@ -173,11 +174,10 @@ fn half_the_memory_of_llama_blocks() {
         [(2048, 16, 242.6e3, 1.09), (4096, 8, 359.1e3, 1.05), (8192, 4, 600.3e3, 1.02)]
     {
         let inner = hidden * 43 / 16;
-        let shape =
-            Shape { layers, hidden, inner, kv: hidden, vocab: 0, is_tied: false, batch: 4, sequence: 4096 };
+        let shape = Shape { layers, hidden, inner, kv: hidden, batch: 4, sequence: 4096, ..Shape::default() };
         let record = shape.step(&speeds, 0);
         let budget_bytes = record.unit_bytes() / 2;
-        let limits = Limits { budget_bytes, lookahead_bytes: 0, slack_bytes: 0, link };
+        let limits = Limits { budget_bytes, lookahead_bytes: 0, slack_bytes: 0, host_bytes: u64::MAX, link };
         let plan = make_plan(&record, &limits);
         let alone_us = record.events.last().map_or(0.0, |event| event.time_us);
         println!(
@@ -201,20 +201,57 @@ fn what_is_rebuilt_depends_on_the_room_for_its_inputs() {
         hidden: 4096,
         inner: 11_008,
         kv: 4096,
-        vocab: 0,
-        is_tied: false,
         batch: 4,
         sequence: 4096,
+        ..Shape::default()
     };
     let mut record = shape.step(&speeds, 0);
     record.units.iter_mut().for_each(|unit| unit.coded = None);
     let budget_bytes = (record.unit_bytes() as f64 * 0.098) as u64;
     let link = Link { offload_gbps: 53.5, onboard_gbps: 53.5 };
-    let plan = make_plan(&record, &Limits { budget_bytes, lookahead_bytes: 0, slack_bytes: 0, link });
+    let plan = make_plan(
+        &record,
+        &Limits { budget_bytes, lookahead_bytes: 0, slack_bytes: 0, host_bytes: u64::MAX, link },
+    );
     let ratio = plan.predicted.step_us / record.events.last().map_or(1.0, |event| event.time_us);
     println!("a tenth of the memory, h = 4096: {ratio:.4} {:?}", plan.predicted);
     assert!(plan.predicted.peak_bytes <= budget_bytes, "{:?}", plan.predicted);
     assert!(ratio < 1.3, "{ratio} {:?}", plan.predicted);
+}
+
+/// Where the host has less room than the link has time, more is rebuilt.
+#[test]
+fn what_leaves_fits_the_host() {
+    let speeds = Speeds { matmul_flops: 737e12, memory_bytes: 4.8e12 };
+    let shape = Shape {
+        layers: 8,
+        hidden: 4096,
+        inner: 11_008,
+        kv: 4096,
+        batch: 4,
+        sequence: 4096,
+        ..Shape::default()
+    };
+    let mut record = shape.step(&speeds, 0);
+    let link = Link { offload_gbps: 53.5, onboard_gbps: 53.5 };
+    let plan = |record: &StepRecord, host_bytes| {
+        let budget_bytes = record.unit_bytes() / 4;
+        let plan =
+            make_plan(record, &Limits { budget_bytes, lookahead_bytes: 0, slack_bytes: 0, host_bytes, link });
+        assert!(plan.predicted.peak_bytes <= budget_bytes, "{:?}", plan.predicted);
+        plan.predicted
+    };
+    for is_coded in [true, false] {
+        let free = plan(&record, u64::MAX);
+        let tight = plan(&record, free.host_bytes * 2 / 3);
+        println!("coded {is_coded}: {free:?}, two thirds of the host {tight:?}");
+        assert!(tight.host_bytes <= free.host_bytes * 2 / 3, "{tight:?}");
+        assert!(tight.rebuilt_bytes > free.rebuilt_bytes && tight.step_us >= free.step_us, "{tight:?}");
+        if !is_coded {
+            assert_eq!(tight.host_bytes, tight.offloaded_bytes);
+        }
+        record.units.iter_mut().for_each(|unit| unit.coded = None);
+    }
 }
 
 /// A quarter of the memory over half the link: the codec is chosen, and is worth it.
@@ -226,10 +263,9 @@ fn the_codec_is_taken_where_the_link_binds() {
         hidden,
         inner: hidden * 43 / 16,
         kv: hidden,
-        vocab: 0,
-        is_tied: false,
         batch: 4,
         sequence: 4096,
+        ..Shape::default()
     };
     let step = |hidden, layers, gbps: f64, share: f64, with_codec: bool| {
         let mut record = shape(hidden, layers).step(&speeds, 0);
@@ -238,7 +274,10 @@ fn the_codec_is_taken_where_the_link_binds() {
         }
         let budget_bytes = (record.unit_bytes() as f64 * share) as u64;
         let link = Link { offload_gbps: gbps, onboard_gbps: gbps };
-        let plan = make_plan(&record, &Limits { budget_bytes, lookahead_bytes: 0, slack_bytes: 0, link });
+        let plan = make_plan(
+            &record,
+            &Limits { budget_bytes, lookahead_bytes: 0, slack_bytes: 0, host_bytes: u64::MAX, link },
+        );
         assert!(plan.predicted.peak_bytes <= budget_bytes, "{:?}", plan.predicted);
         (plan.predicted.step_us / record.events.last().map_or(1.0, |event| event.time_us), plan.predicted)
     };

@@ -6,8 +6,11 @@ use crate::Link;
 const LINK: Link = Link { offload_gbps: 1.0, onboard_gbps: 1.0 };
 
 fn planner(budget_bytes: u64) -> Planner {
-    Planner::new(Limits { budget_bytes, lookahead_bytes: 100, slack_bytes: 0, link: LINK }, 100)
-        .expect("fits")
+    Planner::new(
+        Limits { budget_bytes, lookahead_bytes: 100, slack_bytes: 0, host_bytes: u64::MAX, link: LINK },
+        100,
+    )
+    .expect("fits")
 }
 
 fn sample(allocated_bytes: u64) -> Sample {
