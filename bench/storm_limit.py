@@ -257,8 +257,8 @@ class Bench:
 
 
 def capacity(options: argparse.Namespace) -> Rows:
-    """A step whose activations exceed the card, in half of the card: h = 4096, 16 layers."""
-    part = Part(4096, 16, {}, 4096, options.capacity_sequences)
+    """A step whose activations exceed the card, in half of the card: h = 4096."""
+    part = Part(4096, options.capacity_layers, {}, 4096, options.capacity_sequences)
     total = torch.cuda.get_device_properties(0).total_memory
     with Memory() as memory:
         model, x = build(part)
@@ -266,7 +266,7 @@ def capacity(options: argparse.Namespace) -> Rows:
         budget = memory.total_bytes // 2 - 11 * 2**30
         storm = Storm(model, vram_budget=budget, host_budget=options.capacity_host_budget)
         begin = time.perf_counter()
-        ms, peak = step_times(model, x, storm, WARM_STEPS, 3)
+        ms, peak = step_times(model, x, storm, options.capacity_warm, 2)
         seconds = time.perf_counter() - begin
         storm.close()
     parameters = sum(p.nbytes for p in model.parameters())
@@ -283,7 +283,7 @@ def capacity(options: argparse.Namespace) -> Rows:
         f"Llama blocks h=4096, {part.layers} layers, {part.sequences} x {part.sequence} tokens, random weights, bf16, "
         f"no optimizer: parameters {parameters / GB:.1f} GB, saved {saved / GB:.1f} GB, of which copies in fp32 count "
         f"as 16 bit; card {memory.total_bytes / GB:.1f} GB; median step {ms:.0f} ms, {seconds:.0f} s for "
-        f"{WARM_STEPS + 3} steps; budget {budget / GB:.1f}, peak {peak / GB:.1f} GB of torch's own bytes; plan "
+        f"{options.capacity_warm + 2} steps; budget {budget / GB:.1f}, peak {peak / GB:.1f} GB of torch's own bytes; plan "
         f"{report['predicted']}; host pool {report['pool']['bytes_reserved'] / GB:.1f} GB"
     )
     print(
@@ -295,7 +295,7 @@ def capacity(options: argparse.Namespace) -> Rows:
         (memory.total_bytes // 2, "half of it"),
         (parameters + saved - wide, "parameters and activations in 16 bit"),
     ]
-    title = f"STORM: {demand:.0f}% of the card, in half of it (h = 4096, 16 layers, {part.sequences * part.sequence:,} tokens)"
+    title = f"STORM: {demand:.0f}% of the card, in half of it (h = 4096, {part.layers} layers, {part.sequences * part.sequence:,} tokens)"
     write_series("storm_capacity_nvml", {**memory.log(), "marks": marks, "title": title})
     used = f"{len(memory.used_bytes)} samples of NVML, every 50 ms, model built to last step"
     return [
@@ -331,8 +331,10 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=PEERS)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--host-budget", default="64GiB")
+    parser.add_argument("--capacity-layers", type=int, default=27)
+    parser.add_argument("--capacity-warm", type=int, default=5)
     parser.add_argument("--capacity-sequences", type=int, default=16)
-    parser.add_argument("--capacity-host-budget", default="80GiB")
+    parser.add_argument("--capacity-host-budget", default="88GiB")
     parser.add_argument(
         "--compress", nargs="*", default=[], help="goals that are run with the link codec too"
     )
