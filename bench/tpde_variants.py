@@ -177,12 +177,12 @@ def part_disk(shape: dict[str, int], link: float, budget_bytes: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parts", default="variants,disk")
-    parser.add_argument("--layers", type=int, default=0, help="instead of each part's own number (16 and 6)")
+    parser.add_argument("--layers", type=int, default=0, help="instead of each part's own number (8 and 6)")
     parser.add_argument("--tiny", action="store_true", help="a few MB, to try the benchmark itself")
     args = parser.parse_args()
     link = link_gbps()
     for part in args.parts.split(","):
-        hidden, layers = {"variants": (HIDDEN_7B, 16), "disk": (HIDDEN_13B, 6)}[part]
+        hidden, layers = {"variants": (HIDDEN_7B, 8), "disk": (HIDDEN_13B, 6)}[part]
         shape = {**(HIDDEN_TINY if args.tiny else hidden), "num_hidden_layers": args.layers or layers}
         if part == "variants":
             part_variants(shape, link)
