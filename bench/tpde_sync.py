@@ -1,11 +1,13 @@
 """A trainer's step to an inference worker: time and bytes as a patch, and as a broadcast of all weights.
 
-    python bench/tpde_sync.py [--layers 32]
+    python bench/tpde_sync.py [--layers 32] [--rates 1e-6 1e-5]
 
 Llama-2-7B's shape in bf16 on one GPU, random weights N(0, 0.02); a step moves fp32 masters by lr times a uniform number
-in [-1, 1], as Adam's first steps do, for lr 1e-6 and 1e-5. The broadcast goes through page-locked host memory, down and
-up, which is what two processes of one host have without NVLink; the patch is packed by the CPU (after the weights came
-down) and applied where the worker's weights lie. Afterwards every weight is compared. Writes
+in [-1, 1], as Adam's first steps do. The trainer encodes on the GPU from the state of the step before, which it keeps
+there; the patch lies in page-locked host memory, where the worker's side opens, authenticates and applies it. That memory
+stands for the way between two processes of one host; nothing else is sent. The broadcast goes the same way, all weights
+down and up through page-locked memory, once tensor after tensor and once with both directions at the same time; the faster
+one is the peer. Afterwards the worker's state is hashed on the GPU and every weight is compared. Writes
 ``bench/results/tpde_sync.json``.
 """
 
@@ -14,16 +16,15 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from common import median, row, write_results
 from overspill import tpde
-from overspill.sync import host_copy
 
 ROWS: list[dict[str, Any]] = []
-CODEC: Literal["gpu"] = "gpu"
+State = dict[str, torch.Tensor]
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
@@ -47,78 +48,127 @@ def timed_ms(work: Callable[[], Any]) -> tuple[float, Any]:
     return 1e3 * (time.perf_counter() - begin), made
 
 
-def broadcast_ms(trainer: dict[str, torch.Tensor], worker: dict[str, torch.Tensor]) -> float:
-    """All weights down and up again through page-locked memory, tensor by tensor."""
-    largest = max(tensor.numel() for tensor in trainer.values())
-    slots = [torch.empty(largest, dtype=torch.bfloat16, pin_memory=True) for _ in range(2)]
+class Broadcast:
+    """All weights down and up again through two page-locked buffers."""
 
-    def all_of_it() -> None:
-        for i, (name, tensor) in enumerate(trainer.items()):
-            slot = slots[i % 2][: tensor.numel()].view(tensor.shape)
-            slot.copy_(tensor, non_blocking=True)
-            worker[name].copy_(slot, non_blocking=True)
+    def __init__(self, trainer: State, worker: State) -> None:
+        self.pairs = [(tensor, worker[name]) for name, tensor in trainer.items()]
+        largest = max(tensor.numel() for tensor in trainer.values())
+        self.slots = [torch.empty(largest, dtype=torch.bfloat16, pin_memory=True) for _ in range(2)]
+        self.down, self.up = torch.cuda.Stream(), torch.cuda.Stream()
 
-    return median([timed_ms(all_of_it)[0] for _ in range(3)])
+    def in_turn(self) -> None:
+        for i, (ours, theirs) in enumerate(self.pairs):
+            slot = self.slots[i % 2][: ours.numel()].view(ours.shape)
+            slot.copy_(ours, non_blocking=True)
+            theirs.copy_(slot, non_blocking=True)
+
+    def both_ways(self) -> None:
+        free = [torch.cuda.Event(), torch.cuda.Event()]
+        for i, (ours, theirs) in enumerate(self.pairs):
+            slot, landed = self.slots[i % 2][: ours.numel()].view(ours.shape), torch.cuda.Event()
+            with torch.cuda.stream(self.down):
+                if i > 1:
+                    self.down.wait_event(free[i % 2])
+                slot.copy_(ours, non_blocking=True)
+                landed.record()
+            with torch.cuda.stream(self.up):
+                self.up.wait_event(landed)
+                theirs.copy_(slot, non_blocking=True)
+                free[i % 2].record()
+
+    def measured_ms(self) -> dict[str, float]:
+        ways = {"in turn": self.in_turn, "both ways at once": self.both_ways}
+        return {name: median([timed_ms(way)[0] for _ in range(3)]) for name, way in ways.items()}
+
+
+def link_gbps(nbytes: int) -> dict[str, float]:
+    """A copy of as many bytes through page-locked memory, each way alone."""
+    host = torch.frombuffer(tpde.host_buffer(nbytes), dtype=torch.uint8)
+    device = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    copies = {"down": lambda: host.copy_(device, non_blocking=True), "up": lambda: device.copy_(host, non_blocking=True)}
+    return {name: nbytes / 1e6 / median([timed_ms(copy)[0] for _ in range(5)]) for name, copy in copies.items()}
 
 
 class Pair:
-    """A trainer and a worker on one GPU, and the two copies in page-locked memory that the trainer packs from."""
+    """A trainer and a worker on one GPU, and the state of the step before, which the trainer keeps."""
 
-    def __init__(self, masters: dict[str, torch.Tensor]) -> None:
+    def __init__(self, masters: State) -> None:
         self.trainer = {name: tensor.bfloat16() for name, tensor in masters.items()}
+        self.last = {name: tensor.clone() for name, tensor in self.trainer.items()}
         self.worker = {name: tensor.clone() for name, tensor in self.trainer.items()}
-        self.last = host_copy(self.trainer, {})
-        self.spare = host_copy(self.trainer, {})
+        self.hash_ms, self.state = timed_ms(lambda: tpde.state_id(self.last))
 
-    def step(self) -> tuple[dict[str, float], tpde.Packed, bool]:
-        """Milliseconds of each part, what was sent, and whether the worker has the trainer's bits then."""
+    def step(self) -> tuple[dict[str, float], tpde.Packed]:
+        """Milliseconds of each part, and what was sent."""
         spent = {}
-        spent["down"], final = timed_ms(lambda: host_copy(self.trainer, self.spare))
-        spent["pack"], packed = timed_ms(lambda: tpde.pack(self.last, final, codec=CODEC))
-        spent["open"], patch = timed_ms(lambda: tpde.open(packed.data).to("cuda"))
-        spent["apply"], state = timed_ms(lambda: patch.apply_(self.worker, base_id=patch.base_id))
+        spent["encode"], packed = timed_ms(lambda: tpde.encode(self.last, self.trainer, base_id=self.state))
+        spent["keep"], _ = timed_ms(lambda: torch._foreach_copy_(list(self.last.values()), list(self.trainer.values())))
+        spent["open"], patch = timed_ms(lambda: tpde.open(packed.data))
+        spent["up"], _ = timed_ms(lambda: patch.to("cuda"))
+        spent["apply"], state = timed_ms(lambda: patch.apply_(self.worker, base_id=self.state))
         assert state == packed.final_id
-        self.last, self.spare = final, self.last
+        self.state = state
+        return spent, packed
+
+    def is_same(self) -> bool:
+        """Whether the worker holds the trainer's weights, by its state's id and bit by bit."""
+        self.hash_ms, found = timed_ms(lambda: tpde.state_id(self.worker))
         bits = ((self.worker[n].view(torch.int16), t.view(torch.int16)) for n, t in self.trainer.items())
-        return spent, packed, all(torch.equal(a, b) for a, b in bits)
+        return found == self.state and all(torch.equal(a, b) for a, b in bits)
 
 
-def measure(lr: float, masters: dict[str, torch.Tensor], pair: Pair, layers: int) -> None:
-    """Three steps, of which the last counts: kernels are compiled and memory is there."""
-    for _ in range(3):
+def measure(lr: float, masters: State, pair: Pair, layers: int, steps: int) -> None:
+    """A few steps, of which the first does not count: kernels are compiled, memory is made."""
+    found = []
+    for i in range(steps + 1):
         for name, tensor in masters.items():
             tensor.add_(2 * torch.rand_like(tensor) - 1, alpha=lr)
             pair.trainer[name].copy_(tensor)
-        spent, packed, same = pair.step()
-        print({part: round(ms, 1) for part, ms in spent.items()}, packed.ratio, same, flush=True)
-    all_ms = broadcast_ms(pair.trainer, pair.worker)
+        spent, packed = pair.step()
+        print({part: round(ms, 2) for part, ms in spent.items()}, f"{packed.ratio:.1f}", flush=True)
+        found += [spent] if i else []
+    same = pair.is_same()
+    spent = {part: median([step[part] for step in found]) for part in found[0]}
+    ways = Broadcast(pair.trainer, pair.worker).measured_ms()
+    link = link_gbps(packed.packed_bytes)
     raw_bytes = sum(tensor.nbytes for tensor in pair.worker.values())
+    crossing_ms = packed.packed_bytes / 1e6 * (1 / link["down"] + 1 / link["up"])
+    parts = ", ".join(f"{part} {ms:.1f}" for part, ms in spent.items())
+    others = ", ".join(f"{name} {ms:.1f}" for name, ms in ways.items())
     note = (
-        f"Llama-2-7B's shape, {layers} layers, {raw_bytes / 1e9:.2f} GB of bf16, random weights and steps, lr {lr:g}, third "
-        f"step; {packed.packed_bytes / 1e6:.1f} MB, ratio {packed.ratio:.1f}; weights down into page-locked memory "
-        f"{spent['down']:.0f} ms, packed by the CPU (codec {CODEC}) {spent['pack']:.0f} ms, authenticated and brought up "
-        f"{spent['open']:.1f} ms, applied in place {spent['apply']:.1f} ms; all weights have the trainer's bits: {same}"
+        f"Llama-2-7B's shape, {layers} layers, {raw_bytes / 1e9:.2f} GB of bf16, random weights and steps, lr {lr:g}, median of "
+        f"{steps} steps; {packed.packed_bytes / 1e6:.1f} MB, ratio {packed.ratio:.1f}; ms: {parts}; broadcast: {others}; all "
+        f"weights have the trainer's bits and the state its id: {same}; hashing the whole state on the GPU, which finds a "
+        f"worker that is somewhere else: {pair.hash_ms:.1f} ms"
     )
-    whole = {"peer": "all weights down and up again, page-locked, ms", "peer_value": all_ms}
-    receive_ms = spent["open"] + spent["apply"] if same else None
+    limit = (
+        f"the patch over the link, {link['down']:.1f} GB/s down and {link['up']:.1f} up in this run: {crossing_ms:.1f} ms; "
+        f"all weights both ways at once: {raw_bytes / 1e6 / min(link.values()):.1f}"
+    )
+    whole = {"peer": "all weights through page-locked memory, the faster way, ms", "peer_value": min(ways.values())}
+    receive_ms = spent["open"] + spent["up"] + spent["apply"] if same else None
     end_to_end_ms = sum(spent.values()) if same else None
     sent = {"peer": "all weights in bf16", "peer_value": raw_bytes}
-    ROWS.append(row(f"tpde_sync.receive_ms.lr{lr:g}", receive_ms, "ms", note=note, **whole))
-    ROWS.append(row(f"tpde_sync.end_to_end_ms.lr{lr:g}", end_to_end_ms, "ms", note=note, **whole))
+    ROWS.append(row(f"tpde_sync.receive_ms.lr{lr:g}", receive_ms, "ms", limit=limit, note=note, **whole))
+    ROWS.append(row(f"tpde_sync.end_to_end_ms.lr{lr:g}", end_to_end_ms, "ms", limit=limit, note=note, **whole))
     ROWS.append(row(f"tpde_sync.bytes.lr{lr:g}", packed.packed_bytes, "B", note=note, **sent))
-    print(*ROWS[-3:], sep="\n", flush=True)
+    ROWS.append(row(f"tpde_sync.hash_ms.lr{lr:g}", pair.hash_ms, "ms", note=note))
+    print(*ROWS[-4:], sep="\n", flush=True)
     write_results("tpde_sync", ROWS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-6, 1e-5])
     args = parser.parse_args()
     torch.manual_seed(0)
     masters = {name: 0.02 * torch.randn(shape, device="cuda") for name, shape in shapes(args.layers).items()}
     pair = Pair(masters)
-    for lr in (1e-6, 1e-5):
-        measure(lr, masters, pair, args.layers)
+    for lr in args.rates:
+        measure(lr, masters, pair, args.layers, args.steps)
 
 
 if __name__ == "__main__":

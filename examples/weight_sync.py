@@ -2,9 +2,10 @@
 
     python examples/weight_sync.py [--device cuda] [--steps 5] [--lr 1e-6]
 
-Two processes and a pipe between them. The trainer keeps fp32 masters, casts them to bf16 and packs what changed
-since the last step; the server patches its model where it lies and answers with the state it is then in, which
-must be the trainer's. What would be sent without patches is printed beside what was. Weights and data are random.
+Two processes and a socket between them. The trainer keeps fp32 masters and the bf16 weights of the last step; it casts
+the masters and encodes what changed where the weights lie, on CUDA without bringing them down. The server receives the
+patch in page-locked memory, patches its model where it lies and answers with the state it is then in, which must be
+the trainer's. What would be sent without patches is printed beside what was. Weights and data are random.
 """
 
 from __future__ import annotations
@@ -27,16 +28,18 @@ def build(width: int) -> torch.nn.Module:
 
 
 def bf16_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What the server runs: the masters cast to bf16, on the CPU."""
-    return {name: tensor.detach().to(torch.bfloat16).cpu() for name, tensor in model.state_dict().items()}
+    """What the server runs: the masters cast to bf16, where they are."""
+    return {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.state_dict().items()}
 
 
 def serve(patches: Connection, width: int, device: str) -> None:
     """Applies every patch that comes and answers with the state's id and the seconds it took."""
     model = build(width).to(torch.bfloat16).to(device)
-    while (patch := patches.recv()) is not None:
+    while nbytes := patches.recv():
+        received = tpde.host_buffer(nbytes, device)
+        patches.recv_bytes_into(received)
         begin = time.perf_counter()
-        state = tpde.open(patch).apply_(model)
+        state = tpde.open(received).apply_(model)
         patches.send((state, time.perf_counter() - begin))
     patches.send(tpde.state_id(model.state_dict()))
 
@@ -44,7 +47,7 @@ def serve(patches: Connection, width: int, device: str) -> None:
 def main() -> None:
     """The trainer."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cpu", help="where the server's weights lie")
+    parser.add_argument("--device", default="cpu", help="where the weights of both lie")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-6)
@@ -55,25 +58,30 @@ def main() -> None:
         target=serve, args=(theirs, args.width, args.device)
     )
     server.start()
-    trainer = build(args.width)
+    trainer = build(args.width).to(args.device)
     optimizer = torch.optim.AdamW(trainer.parameters(), lr=args.lr)
     resident = bf16_state(trainer)
+    state = tpde.state_id(resident)
     for step in range(args.steps):
-        loss = trainer(torch.randint(1000, (64,))).square().mean()
+        loss = trainer(torch.randint(1000, (64,), device=args.device)).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        begin = time.perf_counter()
         final = bf16_state(trainer)
-        packed = tpde.pack(resident, final)
-        ours.send(packed.data)
-        state, seconds = ours.recv()
+        packed = tpde.encode(resident, final, base_id=state)
+        encoded = time.perf_counter() - begin
+        assert packed.data is not None
+        ours.send(len(packed.data))
+        ours.send_bytes(packed.data)
+        state, applied = ours.recv()
         assert state == packed.final_id, "the server is in another state"
         resident = final
         print(
             f"step {step}: {packed.packed_bytes:,} bytes instead of {packed.raw_bytes:,} "
-            f"({packed.ratio:.1f}:1), applied in {seconds * 1e3:.1f} ms"
+            f"({packed.ratio:.1f}:1), encoded in {encoded * 1e3:.1f} ms, applied in {applied * 1e3:.1f} ms"
         )
-    ours.send(None)
+    ours.send(0)
     assert ours.recv() == tpde.state_id(resident), "the server's weights are not the trainer's"
     server.join()
     print("the server's weights are the trainer's, bit for bit")

@@ -200,10 +200,42 @@ def empty(infos: list[TensorInfo], framework: Framework) -> list[tuple[Any, int]
     return made
 
 
+def cuda_device(*states: Any) -> Any:
+    """The one CUDA device that all tensors of these mappings are on; None where that is not so."""
+    found = {getattr(tensor, "device", None) for state in states if isinstance(state, Mapping) for tensor in state.values()}
+    device = found.pop() if len(found) == 1 else None
+    is_cuda = getattr(device, "type", None) == "cuda" and all(isinstance(state, Mapping) for state in states)
+    return device if is_cuda else None
+
+
+class DeviceState:
+    """A state on a CUDA device for the native side, and the tensors that keep its addresses valid."""
+
+    def __init__(self, state: StateDict) -> None:
+        self.keep: list[Any] = []
+        self.native: list[_RawTensor] = []
+        for name, tensor in state.items():
+            kept = tensor.detach().resolve_conj().resolve_neg().contiguous()
+            dtype = str(kept.dtype).removeprefix("torch.")
+            if dtype not in _NAMES:
+                raise TypeError(f"{name!r}: {dtype} has no safetensors dtype")
+            self.keep.append(kept)
+            self.native.append((name, _NAMES[dtype], list(kept.shape), kept.data_ptr(), kept.nbytes))
+
+
 def state_id(
     checkpoint: PathType | StateDict, *, memory_bytes: int = DEFAULT_MEMORY_BYTES, threads: int = 0
 ) -> str:
-    """The id of a state: of its tensors' names, types, shapes and bytes, wherever they lie."""
+    """The id of a state: of its tensors' names, types, shapes and bytes, wherever they lie.
+
+    Tensors that are all on one CUDA device are hashed there.
+    """
+    if (device := cuda_device(checkpoint)) is not None:
+        import torch
+
+        with torch.cuda.device(device):
+            state, stream = DeviceState(checkpoint), torch.cuda.current_stream().cuda_stream  # type: ignore[arg-type]
+            return _native.tpde_device_state_id(state.native, device.index, stream)
     source = Source(checkpoint)
     if source.native is None:
         raise ValueError("nothing to hash")

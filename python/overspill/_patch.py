@@ -8,6 +8,7 @@ Not here: packing, chains of patches, and models whose weights stream.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -28,6 +29,8 @@ from ._checkpoint import (
     tensors_of,
 )
 
+PatchBytes = bytes | bytearray | memoryview
+"""A whole patch in memory. What can be written is not copied, and must not be written while it is used."""
 Changes = tuple[str, Any, Any]
 """A tensor's name, positions in it, and the words there."""
 
@@ -86,12 +89,32 @@ def ordinal(device: Any) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
+def view(memory: _native.HostMemory) -> memoryview:
+    """Page-locked memory as bytes; it lives as long as its last view."""
+    raw = (ctypes.c_uint8 * memory.nbytes).from_address(memory.address)
+    raw._overspill_memory = memory  # type: ignore[attr-defined]
+    return memoryview(raw).cast("B")
+
+
+def _native_source(patch: PatchBytes | PathType) -> Any:
+    """A path, bytes, or memory that is not copied: (address, bytes, what keeps it)."""
+    if isinstance(patch, bytes):
+        return patch
+    if not isinstance(patch, memoryview | bytearray):
+        return os.fspath(patch)
+    view = memoryview(patch).cast("B")
+    if view.readonly:
+        return bytes(view)
+    # Exports the buffer for as long as it lives: a bytearray cannot be resized meanwhile.
+    held = (ctypes.c_uint8 * view.nbytes).from_buffer(view)
+    return (ctypes.addressof(held), view.nbytes, held)
+
+
 class Patch:
     """An opened patch: its tables are read and checked, its payloads not yet."""
 
-    def __init__(self, patch: PathType | bytes) -> None:
-        source = patch if isinstance(patch, bytes) else os.fspath(patch)
-        self._native = _native.TpdePatch(source)
+    def __init__(self, patch: PatchBytes | PathType) -> None:
+        self._native = _native.TpdePatch(_native_source(patch))
         self._devices: dict[int, _native.TpdeDevicePatch] = {}
 
     @property

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 
 from . import tpde
-from ._checkpoint import PathType, tensors_of
+from ._checkpoint import PathType, cuda_device, tensors_of
 from ._patch import resident_id, written
 from .errors import FormatError
 
@@ -306,6 +306,9 @@ class Client(Protocol):
 class PatchTrainerEngine:
     """The trainer's side: packs what changed since the last round and has the workers apply it.
 
+    Steps (not ``absolute``) of weights on one CUDA device are encoded there, and the last round's weights are kept there
+    too; else weights come down and are packed on the CPU.
+
     Args:
         client: reaches the workers, whose weights are those of ``source()`` when this is made.
         source: gives the weights as they are now, by the checkpoint's names, in the workers' dtype.
@@ -320,12 +323,17 @@ class PatchTrainerEngine:
     _last: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     _spare: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     _round: int = 0
+    _state: str = ""
 
     def __post_init__(self) -> None:
-        self._last = host_copy(self.source(), {})
+        first = self.source()
+        if self.absolute or cuda_device(first) is None:
+            self._last = host_copy(first, {})
+        else:
+            self._last = {name: tensor.detach().clone() for name, tensor in first.items()}
         shapes = {name: list(tensor.shape) for name, tensor in self._last.items()}
-        info = InitInfo(shapes, tpde.state_id(self._last))
-        self.client.init_weight_transfer_engine(asdict(info))
+        self._state = tpde.state_id(self._last)
+        self.client.init_weight_transfer_engine(asdict(InitInfo(shapes, self._state)))
 
     @classmethod
     def trainer_init(
@@ -336,14 +344,27 @@ class PatchTrainerEngine:
 
     def send_weights(self) -> tpde.Packed:
         """One round: pack, start, update, finish. The workers are in state ``final_id`` then."""
-        final = host_copy(self.source(), self._spare)
         place = None if self.folder is None else Path(self.folder) / f"{self._round:06}.tpde"
-        packed = tpde.pack(self._last, final, place, absolute=self.absolute)
-        update = UpdateInfo(data=packed.data) if place is None else UpdateInfo(path=str(place))
+        final = self.source()
+        on_device = cuda_device(self._last) is not None
+        if on_device:
+            packed = tpde.encode(self._last, final, base_id=self._state)
+            if place is not None:
+                place.write_bytes(packed.data or b"")
+        else:
+            final = host_copy(final, self._spare)
+            packed = tpde.pack(self._last, final, place, absolute=self.absolute)
+        # What carries an update pickles it, which a view of memory does not allow.
+        update = UpdateInfo(data=bytes(packed.data or b"")) if place is None else UpdateInfo(path=str(place))
         self.client.start_weight_update()
         self.client.update_weights(asdict(update))
         self.client.finish_weight_update(packed.final_id)
-        self._last, self._spare, self._round = final, self._last, self._round + 1
+        self._state, self._round = packed.final_id, self._round + 1
+        if on_device:
+            for name, tensor in final.items():
+                self._last[name].copy_(tensor.detach())
+        else:
+            self._last, self._spare = dict(final), self._last
         return packed
 
     def shutdown(self) -> None:

@@ -40,13 +40,15 @@ from ._checkpoint import (
     PathType,
     Progress,
     Quantized,
+    DeviceState,
     Source,
     StateDict,
     TensorInfo,
+    cuda_device,
     quantize,
     state_id,
 )
-from ._patch import Patch, resident_id
+from ._patch import Patch, PatchBytes, ordinal, resident_id, view
 
 if TYPE_CHECKING:
     from ._chain import Chain
@@ -60,6 +62,8 @@ __all__ = [
     "Quantized",
     "TensorInfo",
     "apply",
+    "encode",
+    "host_buffer",
     "inspect",
     "open",
     "pack",
@@ -80,7 +84,7 @@ class Packed:
     final_id: str
     raw_bytes: int
     packed_bytes: int
-    data: bytes | None = None
+    data: bytes | memoryview | None = None
 
     @property
     def ratio(self) -> float:
@@ -119,6 +123,45 @@ def pack(
     return Packed(*fields)
 
 
+def encode(
+    base: Mapping[str, Any] | None,
+    final: Mapping[str, Any],
+    *,
+    base_id: str | None = None,
+    final_id: str | None = None,
+) -> Packed:
+    """Packs ``final`` against ``base`` where they lie, for weight sync: what takes longer is left out, not what is exact.
+
+    Tensors on one CUDA device are hashed and packed there, and only the patch comes down: ``Packed.data`` is then a
+    view of page-locked memory, which is used again once nobody holds the view. Tensors on the CPU are packed there, in
+    the same modes. ``base_id`` and ``final_id``, where the caller knows them (a step's base is the last step's final),
+    save hashing; a wrong one makes a patch that no right receiver takes.
+    """
+    device = cuda_device(final) if base is None else cuda_device(base, final)
+    if device is None:
+        return pack(base, final, codec="gpu")
+    import torch
+
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream().cuda_stream
+        old, new = None if base is None else DeviceState(base), DeviceState(final)
+        (start, end, raw_bytes, packed_bytes), memory = _native.tpde_encode(
+            None if old is None else old.native, new.native, device.index, stream, base_id=base_id, final_id=final_id
+        )
+    kind = "standalone" if start is None else "relative"
+    return Packed(kind, start, end, raw_bytes, packed_bytes, view(memory))
+
+
+def host_buffer(nbytes: int, device: Any = "cuda") -> memoryview:
+    """Memory to receive a patch in: page-locked for a CUDA device, kept for the next patch when this one is dropped.
+
+    A patch that is opened from it is not copied, and crosses to the device at the link's speed.
+    """
+    if not str(device).startswith("cuda"):
+        return memoryview(bytearray(nbytes))
+    return view(_native.HostMemory.of_patches(ordinal(device), nbytes))
+
+
 def apply(
     patch: PathType | bytes | Patch,
     base: PathType | StateDict | None = None,
@@ -155,8 +198,8 @@ def apply(
     )
 
 
-def open(patch: PathType | bytes) -> Patch:
-    """Opens a patch."""
+def open(patch: PathType | PatchBytes) -> Patch:
+    """Opens a patch: a path or bytes; memory that can be written is not copied and must stay as it is meanwhile."""
     return Patch(patch)
 
 

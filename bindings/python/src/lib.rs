@@ -14,6 +14,7 @@ mod server;
 mod storm;
 mod tpde;
 mod tpde_device;
+mod tpde_step;
 
 use pyo3::prelude::*;
 
@@ -38,6 +39,8 @@ mod _native {
     use crate::tpde::{TpdePatch, tpde_pack, tpde_quantize, tpde_state_id};
     #[pymodule_export]
     use crate::tpde_device::{HostMemory, TpdeDevicePatch, TpdePlaced, TpdeStreamedPatch};
+    #[pymodule_export]
+    use crate::tpde_step::{tpde_device_state_id, tpde_encode};
 
     /// Anonymous and all resident bytes of this process; zeros where the system does not say.
     #[pyfunction]

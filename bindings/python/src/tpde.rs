@@ -17,12 +17,13 @@ use overspill_tpde::{
 use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::PyBytes;
 
 use crate::errors::tpde_error;
 
 /// (name, safetensors dtype, shape, address, bytes)
-type RawTensor = (String, String, Vec<u64>, usize, usize);
+pub type RawTensor = (String, String, Vec<u64>, usize, usize);
 /// (kind, base id, final id, raw bytes, packed bytes, the patch if it went to memory)
 type PackedTuple = (String, Option<String>, String, u64, u64, Option<Py<PyBytes>>);
 /// (name, safetensors dtype, shape, bytes)
@@ -43,7 +44,22 @@ pub enum PatchSource {
     /// A file.
     Path(PathBuf),
     /// The whole patch.
-    Bytes(Vec<u8>),
+    Bytes(PyBackedBytes),
+    /// The same at (address, bytes), which stays there for as long as the object lives.
+    Memory((usize, usize, Py<PyAny>)),
+}
+
+/// Memory of a Python object.
+struct Held {
+    address: usize,
+    bytes: usize,
+    _owner: Py<PyAny>,
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        bytes_at(self.address, self.bytes)
+    }
 }
 
 impl Source {
@@ -251,7 +267,10 @@ impl TpdePatch {
     fn new(py: Python<'_>, source: PatchSource) -> PyResult<Self> {
         py.detach(|| match source {
             PatchSource::Path(path) => Patch::open(&path),
-            PatchSource::Bytes(bytes) => Patch::from_vec("patch", bytes),
+            PatchSource::Bytes(bytes) => Patch::from_owner("patch", Box::new(bytes)),
+            PatchSource::Memory((address, bytes, owner)) => {
+                Patch::from_owner("patch", Box::new(Held { address, bytes, _owner: owner }))
+            }
         })
         .map(TpdePatch)
         .map_err(|error| tpde_error(py, &error))

@@ -4,11 +4,13 @@
 //! for the length of the call, contiguous, on the device that the patch is on, and passes the handle of torch's
 //! current stream, behind which the kernels run.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use overspill_codec_cuda::{Decoder, DevicePatch, Error, Place, Placed, StreamedPatch};
+use overspill_codec_cuda::{
+    Decoder, DevicePatch, Error, HostBuffers, Place, Placed, StateHasher, StepEncoder, StreamedPatch,
+};
 use overspill_device::{
-    Device, HostExtent,
+    Device, HostExtent, StreamRef,
     cuda::{CudaConfig, CudaDevice},
     nvrtc::Nvrtc,
 };
@@ -19,27 +21,52 @@ use crate::errors::{device_error, raise, tpde_error};
 use crate::tpde::{TpdePatch, state_of};
 
 /// A device and its kernels, opened once.
-struct Opened {
+pub struct Opened {
     ordinal: usize,
-    device: Arc<CudaDevice>,
-    decoder: Decoder,
+    pub device: Arc<CudaDevice>,
+    pub decoder: Decoder,
+    /// On which patches come up.
+    up: StreamRef,
+    /// Made when a state is first hashed or encoded.
+    steps: OnceLock<(StateHasher, StepEncoder)>,
+    /// Page-locked memory of patches.
+    pub buffers: HostBuffers,
 }
 
 static OPENED: Mutex<Vec<Arc<Opened>>> = Mutex::new(Vec::new());
 
-fn opened(ordinal: usize) -> Result<Arc<Opened>, Error> {
+pub fn opened(ordinal: usize) -> Result<Arc<Opened>, Error> {
     let mut all = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(found) = all.iter().find(|opened| opened.ordinal == ordinal) {
         return Ok(Arc::clone(found));
     }
     let device = CudaDevice::open(CudaConfig { ordinal, ..CudaConfig::default() })?;
     let decoder = Decoder::new(&device, &Nvrtc::find(None)?)?;
-    let made = Arc::new(Opened { ordinal, device, decoder });
+    let made = Arc::new(Opened {
+        ordinal,
+        up: device.new_stream("patches up")?,
+        device,
+        decoder,
+        steps: OnceLock::new(),
+        buffers: HostBuffers::default(),
+    });
     all.push(Arc::clone(&made));
     Ok(made)
 }
 
-fn error_of(py: Python<'_>, error: &Error) -> PyErr {
+impl Opened {
+    /// What hashes and encodes states on this device.
+    pub fn steps(&self) -> Result<&(StateHasher, StepEncoder), Error> {
+        if let Some(made) = self.steps.get() {
+            return Ok(made);
+        }
+        let nvrtc = Nvrtc::find(None)?;
+        let made = (StateHasher::new(&self.device, &nvrtc)?, StepEncoder::new(&self.device, &nvrtc)?);
+        Ok(self.steps.get_or_init(|| made))
+    }
+}
+
+pub fn error_of(py: Python<'_>, error: &Error) -> PyErr {
     match error {
         Error::Device(error) => device_error(py, error),
         Error::Patch(error) => tpde_error(py, error),
@@ -68,9 +95,9 @@ impl TpdeDevicePatch {
     ) -> PyResult<Self> {
         let inner = &patch.get().0;
         let loaded = py.detach(|| -> Result<_, Error> {
-            authenticate(inner, &Options { memory_bytes, threads })?;
             let opened = opened(ordinal)?;
-            let on_device = DevicePatch::load(&opened.device, inner)?;
+            let authentic = || Ok(authenticate(inner, &Options { memory_bytes, threads })?);
+            let on_device = DevicePatch::load(&opened.decoder, &opened.up, inner, authentic)?;
             Ok((opened, on_device))
         });
         let (opened, on_device) = loaded.map_err(|error| error_of(py, &error))?;
@@ -202,7 +229,7 @@ impl TpdePlaced {
 
 /// Zeroed host memory that a CUDA device's copy engines reach directly, given back with this object.
 #[pyclass(frozen, module = "overspill._native")]
-pub struct HostMemory(HostExtent);
+pub struct HostMemory(pub HostExtent);
 
 #[pymethods]
 impl HostMemory {
@@ -210,6 +237,16 @@ impl HostMemory {
     fn new(py: Python<'_>, ordinal: usize, bytes: usize) -> PyResult<Self> {
         let made = py.detach(|| -> Result<_, Error> {
             Ok(opened(ordinal)?.device.alloc_host(bytes)?.claim(0..bytes)?)
+        });
+        made.map(HostMemory).map_err(|error| error_of(py, &error))
+    }
+
+    /// The same, not zeroed, of memory that is kept for the next patch when this object goes.
+    #[staticmethod]
+    fn of_patches(py: Python<'_>, ordinal: usize, bytes: usize) -> PyResult<Self> {
+        let made = py.detach(|| {
+            let opened = opened(ordinal)?;
+            opened.buffers.take(&opened.device, bytes)
         });
         made.map(HostMemory).map_err(|error| error_of(py, &error))
     }

@@ -32,6 +32,8 @@ pub struct PackedSegment {
     pub records: Vec<ChunkRecord>,
     /// Where its blob starts in that of the round.
     pub blob_start: u64,
+    /// Words that differ from the base.
+    pub changed: u64,
 }
 
 impl PackedSegment {
@@ -257,7 +259,9 @@ impl Round<'_> {
                 continue;
             };
             let records = plan.records(number, &told, blob_bytes, &mut to);
-            let segment = PackedSegment { head, records, blob_start: blob_bytes };
+            let changed = changed[counts.grains[number]..counts.grains[number + 1]].iter();
+            let changed = changed.map(|&grain| u64::from(grain)).sum();
+            let segment = PackedSegment { head, records, blob_start: blob_bytes, changed };
             blob_bytes += segment.blob_bytes();
             made.push(Some(segment));
         }

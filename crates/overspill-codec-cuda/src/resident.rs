@@ -1,6 +1,6 @@
 //! A patch in device memory, applied to weights that lie there too.
 //!
-//! Its bytes are authenticated on the host on their way up ([`overspill_tpde::authenticate`]); what then goes
+//! Its bytes are authenticated on the host while they come up ([`overspill_tpde::authenticate`]); what then goes
 //! wrong is a base that is not the one the patch was made for. Payloads and records stay on the device as they
 //! are in the file, so a patch takes there what it takes on disk.
 #![expect(unsafe_code, reason = "writes to addresses that callers bring")]
@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use overspill_codec::{Base, BaseKind, FlatSegment, FlatTables};
 use overspill_device::cuda::CudaDevice;
-use overspill_device::{Device, DeviceRange, StreamRef};
+use overspill_device::{Device, DeviceRange, Direction, RawCopy, StreamRef};
 use overspill_tpde::Patch;
 
 use crate::decoder::{Applied, Decoder, DeviceTables, Error, Result};
@@ -98,23 +98,49 @@ impl Parts {
     }
 }
 
+/// Enqueues copies of a patch's payloads; those of a file are over when this returns.
+fn send(stream: &StreamRef, patch: &Patch<'_>, blob: &DeviceRange) -> Result<()> {
+    let mut at = 0;
+    while at < patch.blob_bytes() {
+        let bytes = PIECE_BYTES.min(patch.blob_bytes() - at) as usize;
+        let mut scratch = Vec::new();
+        let piece = patch.blob(at, bytes, &mut scratch)?;
+        let copy = RawCopy {
+            direction: Direction::Onboard,
+            src_addr: piece.as_ptr().expose_provenance() as u64,
+            dst_addr: blob.addr() + at,
+            bytes,
+        };
+        // SAFETY: the range is the caller's and new; the piece is the patch's, which outlives the wait in `load`, or
+        // the scratch, for which this waits.
+        unsafe { stream.copy(&[copy]) }?;
+        if !scratch.is_empty() {
+            stream.synchronize()?;
+        }
+        at += bytes as u64;
+    }
+    Ok(())
+}
+
 impl DevicePatch {
-    /// Brings an authenticated patch up.
+    /// Brings a patch up on `stream` while `authenticate` checks it; what that refuses is not a patch here either.
     ///
     /// # Errors
-    /// A patch that cannot be read, or a device without room for it.
-    pub fn load(device: &Arc<CudaDevice>, patch: &Patch<'_>) -> Result<Self> {
-        let parts = Parts::load(device, patch)?;
+    /// A patch that cannot be read or is not authentic, or a device without room for it.
+    pub fn load(
+        decoder: &Decoder,
+        stream: &StreamRef,
+        patch: &Patch<'_>,
+        authenticate: impl FnOnce() -> Result<()>,
+    ) -> Result<Self> {
+        let device = decoder.device();
         let blob = room_for(device, patch.blob_bytes())?;
-        let mut scratch = Vec::new();
-        let mut at = 0;
-        while at < patch.blob_bytes() {
-            let bytes = PIECE_BYTES.min(patch.blob_bytes() - at) as usize;
-            let piece = patch.blob(at, bytes, &mut scratch)?;
-            device.write(&blob.slice(at as usize..at as usize + bytes)?, piece)?;
-            at += bytes as u64;
-        }
-        Ok(DevicePatch { device: Arc::clone(device), parts, blob })
+        let sent = send(stream, patch, &blob);
+        let checked = sent.and_then(|()| authenticate());
+        let parts = checked.and_then(|()| Parts::load(device, patch));
+        // Whatever came of it, nothing is on its way any more when this returns.
+        stream.synchronize()?;
+        Ok(DevicePatch { device: Arc::clone(device), parts: parts?, blob })
     }
 
     /// Bytes that it takes on the device.

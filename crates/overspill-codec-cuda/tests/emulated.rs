@@ -18,8 +18,10 @@ use overspill_codec_cuda::pack_plan::{
     CELLS, COUNT_THREADS, ChunkPlan, CountPlan, LIST_WORDS, LISTED, OUTCOME_WORDS, PACK_BYTES,
 };
 use overspill_codec_cuda::plan::{Family, Job, Places, Plan, SPARSE_THREADS, THREADS, USUAL_SPARSE_BYTES};
+use overspill_codec_cuda::state::{self, Span};
 use overspill_codec_cuda::{PackJob, PackMode};
 use overspill_device::{cuda::Arg, kernels};
+use overspill_tpde::hash_segment;
 
 type Emulate = unsafe extern "C" fn(*mut std::ffi::c_void, u32, u32, *const u64, u32);
 
@@ -28,6 +30,7 @@ static EMULATOR: OnceLock<Option<Mutex<Library>>> = OnceLock::new();
 static ENCODE_EMULATOR: OnceLock<Option<Mutex<Library>>> = OnceLock::new();
 static LINK_EMULATOR: OnceLock<Option<Mutex<Library>>> = OnceLock::new();
 static REBUILD_EMULATOR: OnceLock<Option<Mutex<Library>>> = OnceLock::new();
+static STATE_EMULATOR: OnceLock<Option<Mutex<Library>>> = OnceLock::new();
 
 fn compile(kernels: &kernels::Source) -> Option<Mutex<Library>> {
     let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
@@ -534,4 +537,32 @@ fn a_step_of_training_is_packed_in_the_usual_room() {
     assert!(packed_as_reference(&case, &made), "other bytes than the reference's");
     // Nothing is packed where there is no room.
     assert!(pack(&library, &case, PackMode::Sparse, 12 << 10).is_none());
+}
+
+#[test]
+fn segments_are_hashed_as_the_reference_hashes_them() {
+    let Some(emulator) = STATE_EMULATOR.get_or_init(|| compile(&kernels::STATE)).as_ref() else { return };
+    let library = emulator.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut rng = fastrand::Rng::with_seed(11);
+    let bytes: Vec<u8> = (0..400_000).map(|_| rng.u8(..)).collect();
+    // Ends of stripes, of blocks and of batches of 64 blocks, and every alignment of a word.
+    let lengths = [241, 256, 257, 1023, 1024, 1025, 1088, 2048, 65_535, 65_536, 65_537, 131_073, 197_640];
+    let spans: Vec<Span> = (0..lengths.len() * 4)
+        .map(|i| Span {
+            addr: bytes.as_ptr() as u64 + if i < lengths.len() { 0 } else { rng.u64(..64) },
+            bytes: lengths[i % lengths.len()],
+        })
+        .chain([Span { addr: bytes.as_ptr() as u64, bytes: 240 }])
+        .collect();
+    let list: Vec<u64> =
+        state::list(&spans).as_chunks::<8>().0.iter().map(|&word| u64::from_le_bytes(word)).collect();
+    assert_eq!(list.len(), 2 * (spans.len() - 1), "the short one is not the kernel's");
+    let mut sums = vec![[0u64; 8]; list.len() / 2];
+    let args = [Arg::U64(list.as_ptr() as u64), Arg::U64(sums.as_mut_ptr() as u64)];
+    launch(&library, "state_sums", [sums.len() as u32, state::STATE_THREADS], &args);
+    for (span, sums) in spans.iter().zip(&sums) {
+        let start = (span.addr - bytes.as_ptr() as u64) as usize;
+        let expected = hash_segment(&bytes[start..start + span.bytes]);
+        assert_eq!(state::finished(sums, span.bytes), expected, "{} bytes from {start}", span.bytes);
+    }
 }

@@ -25,7 +25,7 @@ pub enum Kind {
 
 impl Kind {
     /// Bytes of `words` coded words; a whole number of blocks where quantized.
-    pub(crate) fn bytes_of(self, words: u64) -> u64 {
+    pub fn bytes_of(self, words: u64) -> u64 {
         match self {
             Kind::Plain(dtype) => words * dtype.word_bytes() as u64,
             Kind::Quantized(layout) => words / QuantLayout::BLOCK_WORDS as u64 * layout.block_bytes() as u64,
@@ -129,7 +129,7 @@ impl Tensor {
     }
 
     /// Words of a row (the last dimension), or 0 where rows are not whole words.
-    pub(crate) fn row_words(&self) -> u64 {
+    pub fn row_words(&self) -> u64 {
         let rows = self.shape.iter().rev().skip(1).try_fold(1u64, |product, &dim| product.checked_mul(dim));
         match rows {
             Some(rows) if rows > 0 && self.words().is_multiple_of(rows) => self.words() / rows,
@@ -300,6 +300,27 @@ impl<'a> Checkpoint<'a> {
         }
         let name = "model.safetensors".to_owned();
         let files = vec![FileLayout { name, tensors: described.len(), metadata: None }];
+        Self::new(path, stores, described, Layout { files, index: None })
+    }
+
+    /// A checkpoint of tensors that lie elsewhere, on a device: all but their bytes is known, and whatever reads those
+    /// is an error.
+    ///
+    /// # Errors
+    /// A name given twice, or a shape that is no tensor's.
+    pub fn elsewhere(label: &str, tensors: Vec<(String, Kind, Vec<u64>)>) -> Result<Self> {
+        let path = Path::new(label);
+        let describe = |(store, (name, kind, shape)): (usize, (String, Kind, Vec<u64>))| {
+            let bytes = kind.tensor_bytes(&shape).ok_or_else(|| {
+                Error::tensor(path, &name, None, format!("{shape:?} is no shape of {}", kind.name()))
+            })?;
+            Ok(Tensor { name, kind, shape, store, offset_bytes: 0, bytes })
+        };
+        let described: Vec<Tensor> = tensors.into_iter().enumerate().map(describe).collect::<Result<_>>()?;
+        let stores = described.iter().map(|_| Store::memory(path, &[])).collect();
+        let name = "model.safetensors".to_owned();
+        let files = vec![FileLayout { name, tensors: described.len(), metadata: None }];
+        // One file holds them all; the stores, which hold nothing, are one a tensor as for tensors in memory.
         Self::new(path, stores, described, Layout { files, index: None })
     }
 

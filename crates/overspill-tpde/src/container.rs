@@ -31,7 +31,7 @@ const VERSION: &str = "1";
 /// Where large blobs and their index start: a page.
 pub(crate) const ALIGN_BYTES: usize = 4096;
 /// Blobs of at least this size are aligned; in smaller files padding would be felt.
-pub(crate) const ALIGNED_BLOB_BYTES: u64 = 1 << 20;
+const ALIGNED_BLOB_BYTES: u64 = 1 << 20;
 /// Most bytes of the index and heads sections each: 4 TB of raw weights.
 const MAX_TABLE_BYTES: u64 = 256 << 20;
 /// The blob is authenticated in reads of this size.
@@ -126,11 +126,11 @@ impl Patch<'static> {
         Patch::from_store(Store::open(path)?)
     }
 
-    /// A patch that owns its bytes, which stands in errors as `label`.
+    /// A patch in memory that it holds, which stands in errors as `label`.
     ///
     /// # Errors
     /// As [`Patch::open`].
-    pub fn from_vec(label: &str, bytes: Vec<u8>) -> Result<Self> {
+    pub fn from_owner(label: &str, bytes: Box<dyn AsRef<[u8]> + Send + Sync>) -> Result<Self> {
         Patch::from_store(Store::owned(Path::new(label), bytes))
     }
 }
@@ -218,12 +218,17 @@ impl<'a> Patch<'a> {
     /// # Errors
     /// A file that cannot be read, or any byte that differs from what was packed.
     pub(crate) fn authenticate(&self, workers: &Workers) -> Result<()> {
+        self.authenticate_by(|hasher, piece| workers.install(|| hasher.add_blob(piece)))
+    }
+
+    /// As [`Patch::authenticate`], on the threads of whoever `add`s to the hash.
+    pub(crate) fn authenticate_by(&self, add: impl Fn(&mut PatchHasher, &[u8])) -> Result<()> {
         let mut hasher = PatchHasher::new();
         let (mut at, mut scratch) = (0, Buffer::default());
         while at < self.blob_bytes {
             let bytes = HASH_BYTES.min((self.blob_bytes - at) as usize);
             let piece = self.store.read(self.blob_offset_bytes + at, bytes, &mut scratch)?;
-            workers.install(|| hasher.add_blob(piece));
+            add(&mut hasher, piece);
             at += bytes as u64;
         }
         let found = hasher.finish(&self.index, &self.heads, &self.manifest_bytes, self.kind, self.final_id);
@@ -426,6 +431,14 @@ impl PatchHasher {
         id.copy_from_slice(&self.hasher.finalize().as_bytes()[..16]);
         StateId(id)
     }
+}
+
+/// To what a patch's sections are aligned, and the bytes of its blob section with padding.
+pub(crate) fn aligned(used_bytes: u64) -> (usize, u64) {
+    if used_bytes < ALIGNED_BLOB_BYTES {
+        return (8, used_bytes);
+    }
+    (ALIGN_BYTES, used_bytes.next_multiple_of(ALIGN_BYTES as u64))
 }
 
 /// The header of a patch whose sections have these sizes.

@@ -7,6 +7,7 @@
 //! | [`state`] | content ids of states |
 //! | [`container`] | the `.tpde` file: a safetensors file of four sections |
 //! | [`pack`], [`apply`], [`apply_two`], [`flatten`], [`apply_in_place`], [`verify`], [`inspect`], [`diff`] | the operations |
+//! | [`Parts`] | a patch of segments that were hashed and encoded elsewhere |
 //! | [`decode_tensor`], [`quantize`] | one tensor of a patch at a time; 4-bit bases |
 //!
 //! The codec itself is `overspill-codec`; this crate owns files, memory bounds, threads and authentication.
@@ -28,6 +29,7 @@ mod inspect;
 mod manifest;
 mod output;
 mod pack;
+mod parts;
 mod safetensors;
 pub mod state;
 mod store;
@@ -47,7 +49,8 @@ pub use inspect::{Inspection, TensorReport, inspect, mode_names};
 pub use manifest::{Entry, Manifest};
 pub use overspill_codec::{BaseKind, CodecChoice, Dtype, QuantLayout};
 pub use pack::{PackOptions, PackReport, pack, pack_to_pieces};
-pub use state::{StateId, state_id};
+pub use parts::{Coded, Parts};
+pub use state::{SegmentHash, StateId, hash_segment, state_id, state_id_of};
 pub use tensor::{authenticate, decode_tensor, dequantize, quantize};
 pub use verify::{Verification, verify};
 pub use work::{Options, Progress};

@@ -15,8 +15,8 @@ use crate::{Error, Result};
 /// Most bytes of a manifest, compressed or not: a million tensors.
 pub(crate) const MAX_MANIFEST_BYTES: u64 = 128 << 20;
 
-/// Level for the manifest: it is small, and its bytes count.
-const ZSTD_LEVEL: i32 = 19;
+/// Level for the manifest of a patch that is made once: it is small, and its bytes count.
+pub(crate) const ZSTD_LEVEL: i32 = 19;
 
 /// One tensor that a patch makes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,7 +66,7 @@ impl Manifest {
     }
 
     /// The section's bytes.
-    pub(crate) fn encode(&self, path: &Path) -> Result<Vec<u8>> {
+    pub(crate) fn encode(&self, path: &Path, level: i32) -> Result<Vec<u8>> {
         let column = |f: fn(&Entry) -> u8| self.entries.iter().map(f).collect();
         let columns = Columns {
             layout: self.layout.clone(),
@@ -80,7 +80,7 @@ impl Manifest {
         if text.len() as u64 > MAX_MANIFEST_BYTES {
             return Err(Error::format(path, "too many tensors for one patch"));
         }
-        zstd::bulk::compress(&text, ZSTD_LEVEL).map_err(Error::io(path, "compress the manifest"))
+        zstd::bulk::compress(&text, level).map_err(Error::io(path, "compress the manifest"))
     }
 
     /// Inverse of [`Manifest::encode`], everything checked.

@@ -13,8 +13,8 @@ use overspill_codec::{
 
 use crate::buffer::Buffer;
 use crate::checkpoint::{Checkpoint, Kind, Layout, Tensor};
-use crate::container::{ALIGN_BYTES, ALIGNED_BLOB_BYTES, PatchHasher, PatchType, patch_header};
-use crate::manifest::{Entry, Manifest};
+use crate::container::{ALIGN_BYTES, PatchHasher, PatchType, aligned, patch_header};
+use crate::manifest::{Entry, Manifest, ZSTD_LEVEL};
 use crate::output::OutputFile;
 use crate::state::{SegmentHash, StateHasher, StateId, hash_segment};
 use crate::work::{Meter, Options, Progress, Workers};
@@ -101,8 +101,8 @@ struct Done {
     base_hash: Option<SegmentHash>,
 }
 
-/// The tensor of `base` that `tensor` is coded against: same name and dtype (or quantized), as many words.
-fn counterpart<'c>(
+/// The tensor of `base` that `tensor` is coded against, and its index: same name and dtype (or quantized), as many words.
+pub(crate) fn counterpart<'c>(
     base: Option<&'c Checkpoint<'_>>,
     tensor: &Tensor,
     kind: PatchKind,
@@ -207,7 +207,8 @@ fn pack_sections(
         Some(hashes) => PatchType::Relative(hashes.finish()),
     };
     let final_id = final_hashes.finish();
-    let manifest = describe(base, final_state, kind.codec_kind(), &changed).encode(&final_state.path)?;
+    let manifest =
+        describe(base, final_state, kind.codec_kind(), &changed).encode(&final_state.path, ZSTD_LEVEL)?;
     let packed_bytes = writer.finish(index, heads, manifest, kind, final_id, &workers)?;
     let raw_bytes = final_state.total_bytes();
     Ok((PackReport { kind, final_id, raw_bytes, packed_bytes }, writer))
@@ -260,7 +261,8 @@ fn run_job(
     Ok(Done { encoded: Some(encoded), final_hash, base_hash })
 }
 
-fn describe(
+/// The manifest of `final_state` coded against `base`, tensor by tensor with as many changed words.
+pub(crate) fn describe(
     base: Option<&Checkpoint<'_>>,
     final_state: &Checkpoint<'_>,
     kind: PatchKind,
@@ -360,12 +362,7 @@ impl BlobWriter {
         workers: &Workers,
     ) -> Result<u64> {
         let used_bytes = self.written_bytes + self.pieces_bytes as u64;
-        let align_bytes = if used_bytes >= ALIGNED_BLOB_BYTES { ALIGN_BYTES } else { 8 };
-        let blob_bytes = if align_bytes == ALIGN_BYTES {
-            used_bytes.next_multiple_of(ALIGN_BYTES as u64)
-        } else {
-            used_bytes
-        };
+        let (align_bytes, blob_bytes) = aligned(used_bytes);
         let padding = (blob_bytes - used_bytes) as usize;
         self.pieces.push(vec![0; padding]);
         self.pieces_bytes += padding;

@@ -50,9 +50,10 @@ impl FromStr for StateId {
 }
 
 /// XXH3 of one segment's bytes.
-pub(crate) type SegmentHash = [u8; 16];
+pub type SegmentHash = [u8; 16];
 
-pub(crate) fn hash_segment(bytes: &[u8]) -> SegmentHash {
+/// The hash of a segment's bytes: what a device that hashes must come to.
+pub fn hash_segment(bytes: &[u8]) -> SegmentHash {
     XxHash3_128::oneshot(bytes).to_le_bytes()
 }
 
@@ -133,12 +134,21 @@ pub(crate) fn hash_checkpoint(
             Ok(())
         },
     )?;
+    Ok(state_id_of(checkpoint, &hashes))
+}
+
+/// The id of a state whose segments were hashed already, all of them: tensors in order of name, segments in theirs.
+///
+/// # Panics
+/// Another number of hashes than segments.
+pub fn state_id_of(checkpoint: &Checkpoint<'_>, hashes: &[SegmentHash]) -> StateId {
     let mut hasher = StateHasher::new();
-    let mut rest = hashes.as_slice();
-    for tensor in tensors {
+    let mut rest = hashes;
+    for tensor in checkpoint.sorted() {
         let (own, others) = rest.split_at(segments(tensor.words()).count());
         hasher.add(tensor, own);
         rest = others;
     }
-    Ok(hasher.finish())
+    assert!(rest.is_empty(), "more hashes than segments");
+    hasher.finish()
 }

@@ -8,17 +8,24 @@ use crate::buffer::Buffer;
 use crate::{Error, Result};
 
 /// A run of bytes that can be read at any offset from many threads.
-#[derive(Debug)]
 pub(crate) struct Store<'a> {
     path: PathBuf,
     bytes: Bytes<'a>,
 }
 
-#[derive(Debug)]
 enum Bytes<'a> {
     File { file: File, len_bytes: u64 },
     Memory(&'a [u8]),
-    Owned(Vec<u8>),
+    Owned(Owned),
+}
+
+/// Bytes in memory, and whoever keeps them there.
+pub(crate) type Owned = Box<dyn AsRef<[u8]> + Send + Sync>;
+
+impl std::fmt::Debug for Store<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Store({}, {} bytes)", self.path.display(), self.len_bytes())
+    }
 }
 
 impl<'a> Store<'a> {
@@ -35,7 +42,7 @@ impl<'a> Store<'a> {
         Store { path: label.to_owned(), bytes: Bytes::Memory(bytes) }
     }
 
-    pub fn owned(label: &Path, bytes: Vec<u8>) -> Self {
+    pub fn owned(label: &Path, bytes: Owned) -> Self {
         Store { path: label.to_owned(), bytes: Bytes::Owned(bytes) }
     }
 
@@ -52,7 +59,7 @@ impl<'a> Store<'a> {
         match &self.bytes {
             Bytes::File { len_bytes, .. } => *len_bytes,
             Bytes::Memory(bytes) => bytes.len() as u64,
-            Bytes::Owned(bytes) => bytes.len() as u64,
+            Bytes::Owned(bytes) => bytes.as_ref().as_ref().len() as u64,
         }
     }
 
@@ -77,7 +84,7 @@ impl<'a> Store<'a> {
         let start = offset_bytes as usize;
         Ok(match &self.bytes {
             Bytes::Memory(all) => Some(&all[start..start + bytes]),
-            Bytes::Owned(all) => Some(&all[start..start + bytes]),
+            Bytes::Owned(all) => Some(&all.as_ref().as_ref()[start..start + bytes]),
             Bytes::File { .. } => None,
         })
     }

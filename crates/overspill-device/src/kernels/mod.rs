@@ -40,6 +40,9 @@ pub const TPDE_ENCODE: Source = Source {
     options: &[],
 };
 
+/// State ids of words in device memory; `overspill-codec-cuda` launches it.
+pub const STATE: Source = Source { name: "state.cu", text: include_str!("state.cu"), options: &[] };
+
 /// The link codec of 16-bit activations; `overspill-codec-cuda` launches it.
 pub const LINK: Source = Source { name: "link.cu", text: include_str!("link.cu"), options: &[] };
 
@@ -47,4 +50,4 @@ pub const LINK: Source = Source { name: "link.cu", text: include_str!("link.cu")
 pub const REBUILD: Source = Source { name: "rebuild.cu", text: include_str!("rebuild.cu"), options: &[] };
 
 /// Every file, for builds that compile them all.
-pub const ALL: &[Source] = &[MEMORY, TPDE, TPDE_ENCODE, LINK, REBUILD];
+pub const ALL: &[Source] = &[MEMORY, TPDE, TPDE_ENCODE, STATE, LINK, REBUILD];
