@@ -3,8 +3,8 @@
     python bench/tpde_sync.py [--layers 32] [--rates 1e-6 1e-5]
 
 Llama-2-7B's shape in bf16 on one GPU, random weights N(0, 0.02); a step moves fp32 masters by lr times a uniform number
-in [-1, 1], as Adam's first steps do. The trainer encodes on the GPU from the state of the step before, which it keeps
-there; the patch lies in page-locked host memory, where the worker's side opens, authenticates and applies it. That memory
+in [-1, 1], as Adam's first steps do. The trainer encodes on the GPU from the bf16 weights of the step before, which it
+keeps there; the patch lies in page-locked host memory, where the worker's side opens, authenticates and applies it. That memory
 stands for the way between two processes of one host; nothing else is sent. The broadcast goes the same way, all weights
 down and up through page-locked memory, once tensor after tensor and once with both directions at the same time; the faster
 one is the peer. Afterwards the worker's state is hashed on the GPU and every weight is compared. Writes
@@ -86,12 +86,17 @@ def link_gbps(nbytes: int) -> dict[str, float]:
     """A copy of as many bytes through page-locked memory, each way alone."""
     host = torch.frombuffer(tpde.host_buffer(nbytes), dtype=torch.uint8)
     device = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
-    copies = {"down": lambda: host.copy_(device, non_blocking=True), "up": lambda: device.copy_(host, non_blocking=True)}
-    return {name: nbytes / 1e6 / median([timed_ms(copy)[0] for _ in range(5)]) for name, copy in copies.items()}
+    copies = {
+        "down": lambda: host.copy_(device, non_blocking=True),
+        "up": lambda: device.copy_(host, non_blocking=True),
+    }
+    return {
+        name: nbytes / 1e6 / median([timed_ms(copy)[0] for _ in range(5)]) for name, copy in copies.items()
+    }
 
 
 class Pair:
-    """A trainer and a worker on one GPU, and the state of the step before, which the trainer keeps."""
+    """A trainer and a worker on one GPU; the trainer casts into the memory of the step before the last one."""
 
     def __init__(self, masters: State) -> None:
         self.trainer = {name: tensor.bfloat16() for name, tensor in masters.items()}
@@ -103,18 +108,18 @@ class Pair:
         """Milliseconds of each part, and what was sent."""
         spent = {}
         spent["encode"], packed = timed_ms(lambda: tpde.encode(self.last, self.trainer, base_id=self.state))
-        spent["keep"], _ = timed_ms(lambda: torch._foreach_copy_(list(self.last.values()), list(self.trainer.values())))
         spent["open"], patch = timed_ms(lambda: tpde.open(packed.data))
         spent["up"], _ = timed_ms(lambda: patch.to("cuda"))
         spent["apply"], state = timed_ms(lambda: patch.apply_(self.worker, base_id=self.state))
         assert state == packed.final_id
         self.state = state
+        self.last, self.trainer = self.trainer, self.last
         return spent, packed
 
     def is_same(self) -> bool:
         """Whether the worker holds the trainer's weights, by its state's id and bit by bit."""
         self.hash_ms, found = timed_ms(lambda: tpde.state_id(self.worker))
-        bits = ((self.worker[n].view(torch.int16), t.view(torch.int16)) for n, t in self.trainer.items())
+        bits = ((self.worker[n].view(torch.int16), t.view(torch.int16)) for n, t in self.last.items())
         return found == self.state and all(torch.equal(a, b) for a, b in bits)
 
 
@@ -130,7 +135,7 @@ def measure(lr: float, masters: State, pair: Pair, layers: int, steps: int) -> N
         found += [spent] if i else []
     same = pair.is_same()
     spent = {part: median([step[part] for step in found]) for part in found[0]}
-    ways = Broadcast(pair.trainer, pair.worker).measured_ms()
+    ways = Broadcast(pair.last, pair.worker).measured_ms()
     link = link_gbps(packed.packed_bytes)
     raw_bytes = sum(tensor.nbytes for tensor in pair.worker.values())
     crossing_ms = packed.packed_bytes / 1e6 * (1 / link["down"] + 1 / link["up"])
@@ -146,12 +151,17 @@ def measure(lr: float, masters: State, pair: Pair, layers: int, steps: int) -> N
         f"the patch over the link, {link['down']:.1f} GB/s down and {link['up']:.1f} up in this run: {crossing_ms:.1f} ms; "
         f"all weights both ways at once: {raw_bytes / 1e6 / min(link.values()):.1f}"
     )
-    whole = {"peer": "all weights through page-locked memory, the faster way, ms", "peer_value": min(ways.values())}
+    whole = {
+        "peer": "all weights through page-locked memory, the faster way, ms",
+        "peer_value": min(ways.values()),
+    }
     receive_ms = spent["open"] + spent["up"] + spent["apply"] if same else None
     end_to_end_ms = sum(spent.values()) if same else None
     sent = {"peer": "all weights in bf16", "peer_value": raw_bytes}
     ROWS.append(row(f"tpde_sync.receive_ms.lr{lr:g}", receive_ms, "ms", limit=limit, note=note, **whole))
-    ROWS.append(row(f"tpde_sync.end_to_end_ms.lr{lr:g}", end_to_end_ms, "ms", limit=limit, note=note, **whole))
+    ROWS.append(
+        row(f"tpde_sync.end_to_end_ms.lr{lr:g}", end_to_end_ms, "ms", limit=limit, note=note, **whole)
+    )
     ROWS.append(row(f"tpde_sync.bytes.lr{lr:g}", packed.packed_bytes, "B", note=note, **sent))
     ROWS.append(row(f"tpde_sync.hash_ms.lr{lr:g}", pair.hash_ms, "ms", note=note))
     print(*ROWS[-4:], sep="\n", flush=True)

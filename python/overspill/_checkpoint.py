@@ -202,7 +202,12 @@ def empty(infos: list[TensorInfo], framework: Framework) -> list[tuple[Any, int]
 
 def cuda_device(*states: Any) -> Any:
     """The one CUDA device that all tensors of these mappings are on; None where that is not so."""
-    found = {getattr(tensor, "device", None) for state in states if isinstance(state, Mapping) for tensor in state.values()}
+    found = {
+        getattr(tensor, "device", None)
+        for state in states
+        if isinstance(state, Mapping)
+        for tensor in state.values()
+    }
     device = found.pop() if len(found) == 1 else None
     is_cuda = getattr(device, "type", None) == "cuda" and all(isinstance(state, Mapping) for state in states)
     return device if is_cuda else None

@@ -28,6 +28,8 @@ __all__ = [
     "return_freed_tensors",
     "run_cli",
     "serve",
+    "tpde_device_state_id",
+    "tpde_encode",
     "tpde_pack",
     "tpde_quantize",
     "tpde_state_id",
@@ -330,6 +332,11 @@ class HostMemory:
     def nbytes(self, /) -> int:
         """
         Length in bytes.
+        """
+    @staticmethod
+    def of_patches(ordinal: SupportsIndex, bytes: SupportsIndex) -> HostMemory:
+        """
+        The same, not zeroed, of memory that is kept for the next patch when this object goes.
         """
 
 @final
@@ -646,7 +653,9 @@ class TpdePatch:
     """
     An opened patch.
     """
-    def __new__(cls, /, source: str | PathLike[str] | SupportsGetItem[int, SupportsIndex]) -> TpdePatch: ...
+    def __new__(
+        cls, /, source: str | PathLike[str] | bytes | bytearray | tuple[SupportsIndex, SupportsIndex, Any]
+    ) -> TpdePatch: ...
     def apply(
         self,
         /,
@@ -850,6 +859,36 @@ def serve(config: str, model: str, executor: Any, ready: Any) -> None:
     Serves `model` (JSON) as `config` (JSON) says, until SIGTERM or SIGINT. `executor` has `command(json)`,
     `step(steps)`, `hidden(key)` and `set_hidden(key, file)`; all are called on this thread, and answer JSON
     with `ok` or `error`. `ready` is called with the address once it listens.
+    """
+
+def tpde_device_state_id(
+    tensors: SupportsGetItem[
+        int, tuple[str, str, SupportsGetItem[int, SupportsIndex], SupportsIndex, SupportsIndex]
+    ],
+    ordinal: SupportsIndex,
+    stream: SupportsIndex,
+) -> str:
+    """
+    The state id of tensors on device `ordinal`, behind `stream`.
+    """
+
+def tpde_encode(
+    base: SupportsGetItem[
+        int, tuple[str, str, SupportsGetItem[int, SupportsIndex], SupportsIndex, SupportsIndex]
+    ]
+    | None,
+    final_state: SupportsGetItem[
+        int, tuple[str, str, SupportsGetItem[int, SupportsIndex], SupportsIndex, SupportsIndex]
+    ],
+    ordinal: SupportsIndex,
+    stream: SupportsIndex,
+    *,
+    base_id: str | None,
+    final_id: str | None,
+) -> tuple[tuple[str | None, str, int, int], HostMemory]:
+    """
+    Encodes `final_state` relative to `base` (or alone), tensors on device `ordinal`, behind `stream`: what was packed, and
+    the patch in page-locked memory. Ids that are given are taken to be right, the others hashed.
     """
 
 def tpde_pack(

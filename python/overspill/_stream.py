@@ -22,7 +22,7 @@ import torch
 
 from . import _native, tpde
 from ._checkpoint import PathType
-from ._patch import ordinal
+from ._patch import PatchBytes, ordinal
 from ._stream_cpu import OnCpu
 from ._stream_cuda import OnCuda, pin
 from ._stream_units import Task, Unit, Weight, units_of
@@ -41,7 +41,7 @@ class Streamed:
         model: torch.nn.Module,
         vram_budget: int | str,
         *,
-        patch: PathType | bytes | tpde.Patch | None,
+        patch: PathType | PatchBytes | tpde.Patch | None,
         base: Mapping[str, Any] | None,
         device: Any,
         packed: bool,

@@ -15,14 +15,14 @@ from typing import Any
 
 from . import tpde
 from ._checkpoint import PathType, tensors_of
-from ._patch import resident_id
+from ._patch import PatchBytes, resident_id
 from .errors import FormatError
 
 
 class Variants:
     """The variants of a resident model; see :func:`overspill.tpde.variants`."""
 
-    def __init__(self, model: Any, patches: Mapping[str, PathType | bytes | tpde.Patch]) -> None:
+    def __init__(self, model: Any, patches: Mapping[str, PathType | PatchBytes | tpde.Patch]) -> None:
         self.model = model
         self.base_id = resident_id(model)
         self._ways: dict[str, tuple[tpde.Patch, tpde.Patch]] = {}
@@ -46,7 +46,7 @@ class Variants:
         """Size of all patches, both ways."""
         return sum(patch.packed_bytes for ways in self._ways.values() for patch in ways)
 
-    def add(self, name: str, patch: PathType | bytes | tpde.Patch) -> None:
+    def add(self, name: str, patch: PathType | PatchBytes | tpde.Patch) -> None:
         """Adds a variant that ``patch`` makes of the base; the weights go back to the base for it.
 
         Raises FormatError for a patch of another base, ValueError for a name that is taken or a patch without a

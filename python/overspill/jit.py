@@ -87,7 +87,7 @@ class JITCompressedLinear(torch.nn.Module):
             )
         kept = base.detach().contiguous() if isinstance(base, torch.Tensor) else base
         packed = tpde.pack(None if kept is None else {"weight": kept}, {"weight": weight})
-        assert packed.data is not None
+        assert isinstance(packed.data, bytes)
         return cls(packed.data, kept, linear.bias)
 
     @staticmethod

@@ -24,7 +24,7 @@ import torch
 
 from . import tpde
 from ._checkpoint import PathType, cuda_device, tensors_of
-from ._patch import resident_id, written
+from ._patch import PatchBytes, resident_id, written
 from .errors import FormatError
 
 __all__ = [
@@ -141,7 +141,7 @@ class Receiver:
             )
         self.state: str | None = state or resident_id(model)
 
-    def apply(self, patch: PathType | bytes | tpde.Patch) -> str:
+    def apply(self, patch: PathType | PatchBytes | tpde.Patch) -> str:
         """Turns the weights into those that a patch makes and returns their state's id.
 
         A failure after the first write leaves weights that are neither; they must be loaded anew then, and every

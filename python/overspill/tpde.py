@@ -36,11 +36,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from . import _native
 from ._checkpoint import (
     DEFAULT_MEMORY_BYTES,
+    DeviceState,
     Framework,
     PathType,
     Progress,
     Quantized,
-    DeviceState,
     Source,
     StateDict,
     TensorInfo,
@@ -146,7 +146,12 @@ def encode(
         stream = torch.cuda.current_stream().cuda_stream
         old, new = None if base is None else DeviceState(base), DeviceState(final)
         (start, end, raw_bytes, packed_bytes), memory = _native.tpde_encode(
-            None if old is None else old.native, new.native, device.index, stream, base_id=base_id, final_id=final_id
+            None if old is None else old.native,
+            new.native,
+            device.index,
+            stream,
+            base_id=base_id,
+            final_id=final_id,
         )
     kind = "standalone" if start is None else "relative"
     return Packed(kind, start, end, raw_bytes, packed_bytes, view(memory))
@@ -163,7 +168,7 @@ def host_buffer(nbytes: int, device: Any = "cuda") -> memoryview:
 
 
 def apply(
-    patch: PathType | bytes | Patch,
+    patch: PathType | PatchBytes | Patch,
     base: PathType | StateDict | None = None,
     output: PathType | None = None,
     *,
@@ -203,7 +208,7 @@ def open(patch: PathType | PatchBytes) -> Patch:
     return Patch(patch)
 
 
-def variants(model: Any, patches: Mapping[str, PathType | bytes | Patch]) -> Variants:
+def variants(model: Any, patches: Mapping[str, PathType | PatchBytes | Patch]) -> Variants:
     """Many fine-tunes over one resident base: ``patches`` are of the weights that ``model`` holds now.
 
     ``switch(name)`` turns the weights into a variant where they lie, bit for bit, ``switch(None)`` back into the
@@ -218,7 +223,7 @@ def stream(
     model: Any,
     vram_budget: int | str,
     *,
-    patch: PathType | bytes | Patch | None = None,
+    patch: PathType | PatchBytes | Patch | None = None,
     base: Mapping[str, Any] | None = None,
     device: Any = None,
     packed: bool = True,
@@ -248,7 +253,7 @@ def stream(
     )
 
 
-def inspect(patch: PathType | bytes | Patch) -> dict[str, Any]:
+def inspect(patch: PathType | PatchBytes | Patch) -> dict[str, Any]:
     """What a patch holds: see :meth:`Patch.inspect`."""
     return (patch if isinstance(patch, Patch) else Patch(patch)).inspect()
 

@@ -20,18 +20,19 @@ DEVICES = [
 class Trainer:
     """fp32 masters, steps of AdamW, and their cast to bf16."""
 
-    def __init__(self, lr: float = 1e-5) -> None:
+    def __init__(self, lr: float = 1e-5, device: str = "cpu") -> None:
         torch.manual_seed(7)
         sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 150}
         config = LlamaConfig(num_hidden_layers=2, num_key_value_heads=2, **sizes)
-        self.model = LlamaForCausalLM(config)
+        self.model = LlamaForCausalLM(config).to(device)
+        self.device = device
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr)
 
     def state(self) -> dict[str, torch.Tensor]:
         return {name: p.detach().to(torch.bfloat16) for name, p in self.model.named_parameters()}
 
     def step(self) -> None:
-        ids = torch.randint(150, (2, 12))
+        ids = torch.randint(150, (2, 12), device=self.device)
         self.model(ids, labels=ids).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -61,7 +62,7 @@ def assert_holds(cluster: Cluster, state: dict[str, torch.Tensor], device: str) 
 def test_every_step_reaches_every_rank(
     device: str, ranks: int, absolute: bool, has_folder: bool, tmp_path: Path
 ) -> None:
-    trainer = Trainer()
+    trainer = Trainer(device=device)
     workers = cluster(trainer.state(), ranks, device)
     options = {"absolute": absolute, "folder": tmp_path if has_folder else None}
     engine = sync.PatchTrainerEngine.trainer_init(options, client=workers, source=trainer.state)

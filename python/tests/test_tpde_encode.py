@@ -126,7 +126,14 @@ def test_ids_are_the_same_wherever_the_words_lie() -> None:
     generator = torch.Generator().manual_seed(5)
     whole = torch.randint(0, 256, (70_000_000,), dtype=torch.uint8, generator=generator)
     on_device = whole.cuda()
-    for start, length in [(0, 240), (0, 241), (1, 1 << 24), (3, (1 << 25) + 17), (16, 70_000_000 - 16), (8, 123_456)]:
+    for start, length in [
+        (0, 240),
+        (0, 241),
+        (1, 1 << 24),
+        (3, (1 << 25) + 17),
+        (16, 70_000_000 - 16),
+        (8, 123_456),
+    ]:
         there = {"x": on_device[start : start + length]}
         assert tpde.state_id(there) == tpde.state_id({"x": whole[start : start + length]}), (start, length)
 

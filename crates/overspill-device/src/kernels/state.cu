@@ -11,7 +11,7 @@ static const unsigned LANES = 8;         // sums of XXH3
 static const unsigned BLOCK_BYTES = 1024;
 static const unsigned STRIPE_BYTES = 64;
 static const unsigned SUMMING_WARPS = 16;
-static const unsigned AHEAD = 4;         // blocks that a warp loads at once
+static const unsigned AHEAD = 2;         // blocks that a warp loads at once
 static const unsigned BATCH = SUMMING_WARPS * AHEAD;
 
 struct StateSegment {
