@@ -8,7 +8,7 @@ import traceback
 import torch
 from storm_harness import first_difference, offload_everything, train
 from storm_v1 import Blocks
-from test_storm_rebuild import rebuild_everything
+from test_storm_rebuild import REBUILDING, rebuild_everything
 from workloads import BUILDERS
 
 from overspill import Storm
@@ -29,8 +29,15 @@ def workload(name: str, device: str, steps: int) -> str | None:
     if (difference := first_difference(base, train(name, device=device, steps=steps))) is not None:
         return f"its baseline does not repeat itself: {difference}"
     for wrap in (offload_everything, rebuild_everything):
-        if (difference := first_difference(base, train(name, wrap, device=device, steps=steps))) is not None:
+        run = train(name, wrap, device=device, steps=steps)
+        if (difference := first_difference(base, run)) is not None:
             return f"{wrap.__name__}: {difference}"
+        units = run.context.report()["units"]
+        print(f"    {name}, {wrap.__name__}: {units}", flush=True)
+        if units["offloaded"] + units["rebuilt"] == 0:
+            return f"{wrap.__name__}: nothing was moved"
+        if wrap is rebuild_everything and units["rebuilt"] < steps * REBUILDING.get(name, 0):
+            return f"only {units['rebuilt']} were rebuilt"
     return None
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import json
 import statistics
 import time
 import traceback
-from dataclasses import dataclass
 from typing import Any
 
 import peft
@@ -39,7 +39,7 @@ GAPS_BYTES = 2**30
 PEERS = ("checkpointing", "checkpointing + offload")
 
 
-@dataclass
+@dataclasses.dataclass
 class Case:
     """One fine-tune, and what is tried at each length."""
 
@@ -66,14 +66,14 @@ CASES = {
         True,
         "a LoRA adapter (peft, r = 16, q and v) of an 8B Llama",
         {
-            16_384: ("keep-all", *PEERS, "STORM", "STORM + checkpointing"),
+            16_384: ("keep-all", *PEERS, "STORM", "STORM with codec", "STORM + checkpointing"),
             32_768: (*PEERS, "STORM + checkpointing"),
         },
     ),
 }
 
 
-@dataclass
+@dataclasses.dataclass
 class Seen:
     """What came of one method."""
 
@@ -154,7 +154,7 @@ def attempt(
         if not method.startswith("STORM"):
             return train(model, ids, contextlib.nullcontext(), options.peer_steps), said
         budget = TORCH_BYTES - GAPS_BYTES if ids.is_cuda else None
-        storm = Storm(model, vram_budget=budget, host_budget=options.host_budget)
+        storm = Storm(model, vram_budget=budget, host_budget=options.host_budget, compress="codec" in method)
         with Memory() if ids.is_cuda else contextlib.nullcontext() as memory:
             seen = train(model, ids, storm, options.steps)
         storm.close()
@@ -236,10 +236,51 @@ def run(name: str, tokens: int, options: argparse.Namespace) -> None:
         update_results(options.name, rows)
 
 
+def agree(name: str, options: argparse.Namespace) -> None:
+    """The same bits of every loss, by keep-all, checkpointing and STORM: four layers of a case, deterministic algorithms,
+    at a third of the memory.
+    """
+    case = CASES[name]
+    short = dataclasses.replace(case, shape={**case.shape, "num_hidden_layers": 4})
+    losses: dict[str, list[float]] = {}
+    budget, moved = None, {}
+    torch.use_deterministic_algorithms(True)
+    for method in ("keep-all", "checkpointing", "STORM"):
+        model, ids = build(short, options.tokens or 4096, options)
+        context: Any = contextlib.nullcontext()
+        if method == "checkpointing":
+            model.body.gradient_checkpointing_enable()
+            if case.is_lora:
+                model.body.enable_input_require_grads()
+        elif method == "STORM":
+            context = storm = Storm(model, vram_budget=budget, host_budget=options.host_budget)
+        seen = train(model, ids, context, 6)
+        losses[method] = seen.losses
+        if method == "keep-all" and ids.is_cuda:
+            fixed = torch.cuda.memory_allocated()
+            budget = fixed + (seen.peak_bytes - fixed) // 3
+        if method == "STORM":
+            storm.close()
+            moved = storm.report()["units"]
+            del storm
+        del model, ids, context
+        gc.collect()
+    torch.use_deterministic_algorithms(False)
+    same = {m: found == losses["keep-all"] for m, found in losses.items()}
+    note = (
+        f"{case.what}, 4 layers of it, 4096 tokens, 6 steps, deterministic algorithms, a third of the memory: losses of "
+        f"keep-all {losses['keep-all']}; the same bits: {same}; STORM's tensors {moved} (commit {commit()[:10]})"
+    )
+    print(f"card24 {name}: {note}", flush=True)
+    share = sum(same.values()) / len(same)
+    update_results(options.name, [row(f"storm_limit.card24_{name}.same_losses", share, "share", note=note)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     parser.add_argument("--lengths", nargs="*", type=int, help="of the case's, these only")
+    parser.add_argument("--agree", action="store_true", help="compare losses bit by bit instead")
     parser.add_argument("--methods", nargs="*", help="instead of the length's")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", type=int, help="as many instead, where this is only tried out")
@@ -253,6 +294,9 @@ def main() -> None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(TORCH_BYTES / total)
     for name in options.cases:
+        if options.agree:
+            agree(name, options)
+            continue
         for tokens in options.lengths or CASES[name].methods:
             if tokens in CASES[name].methods:
                 run(name, tokens, options)

@@ -93,6 +93,8 @@ def first_difference(expected: Run, got: Run) -> str | None:
     """Where two runs first differ, or ``None`` where they are the same bits."""
     if len(expected.losses) != len(got.losses):
         return f"{len(expected.losses)} steps against {len(got.losses)}"
+    if expected.losses[0].is_cuda and _are_same(expected, got):
+        return None
     for n, (loss, other) in enumerate(zip(expected.losses, got.losses, strict=True)):
         if not torch.equal(loss, other):
             return f"step {n}: loss {loss.item()!r} against {other.item()!r}"
@@ -105,6 +107,23 @@ def first_difference(expected: Run, got: Run) -> str | None:
                     f"step {n}: gradient of {name} differs by at most {(grad - have).abs().max().item():.3g}"
                 )
     return None
+
+
+def _are_same(expected: Run, got: Run) -> bool:
+    """Whether two runs are the same bits, asked of the device once and not tensor by tensor."""
+    pairs: list[tuple[Tensor | None, Tensor | None]] = [*zip(expected.losses, got.losses, strict=True)]
+    for have, other in zip(expected.gradients, got.gradients, strict=True):
+        pairs += [(grad, other.get(name)) for name, grad in have.items()]
+    same = []
+    for a, b in pairs:
+        if a is None or b is None:
+            if a is not b:
+                return False
+        elif (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+            return False
+        else:
+            same.append((a == b).all())
+    return bool(torch.stack(same).all())
 
 
 def devices() -> list[Any]:
@@ -124,6 +143,13 @@ def offload_everything(model: nn.Module, **options: Any) -> contextlib.AbstractC
     )
     room = 2**23 if on_gpu_lstm else 2**20
     return Storm(model, vram_budget=2 * weights + room, min_bytes=1, **options)
+
+
+def prove_everything(storm: Any) -> None:
+    """Lets proofs take memory beyond the budget: on a GPU cuBLAS's workspace alone is more than these tests give, and
+    where there is no room for a proof nothing is rebuilt or compressed.
+    """
+    storm._edge.has_room = lambda _nbytes, _budget_bytes: True
 
 
 def keep_everything(model: nn.Module, **options: Any) -> contextlib.AbstractContextManager[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from storm_harness import devices, offload_everything
+from storm_harness import devices, offload_everything, prove_everything
 from torch import Tensor, nn
 
 from overspill import Storm, TransferError
@@ -19,6 +19,7 @@ from overspill._link import Code, Link
 def compress_everything(model: nn.Module, **options: Any) -> contextlib.AbstractContextManager[Any]:
     """STORM made to compress all that leaves: the link is all but dead, and nothing is rebuilt."""
     storm = offload_everything(model, rebuild=False, compress=True, **options)
+    prove_everything(storm)
     storm._link_gbps = lambda: (1e-9, 1e-9)  # type: ignore[attr-defined]
     return storm
 

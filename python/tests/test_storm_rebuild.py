@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from storm_harness import devices, first_difference, offload_everything, train
+from storm_harness import devices, first_difference, offload_everything, prove_everything, train
 from test_storm_matrix import baseline
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -26,6 +26,7 @@ def rebuild_everything(model: nn.Module, **options: Any) -> contextlib.AbstractC
     """STORM made to rebuild all that it can, and to send the rest away."""
     storm = offload_everything(model, **options)
     storm._link_gbps = lambda: (1e-9, 1e-9)  # type: ignore[attr-defined]
+    prove_everything(storm)
     return storm
 
 
