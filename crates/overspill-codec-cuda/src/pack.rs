@@ -18,7 +18,6 @@ use crate::pack_plan::{
     CELLS, COUNT_THREADS, ChunkPlan, CountPlan, LIST_WORDS, LISTED, OUTCOME_WORDS, PACK_BYTES, PackJob,
     PackMode,
 };
-use crate::plan::SPARSE_THREADS;
 
 /// Segments that are counted at once: a quarter of a megabyte of counts each.
 const SEGMENTS_AT_ONCE: usize = 512;
@@ -203,7 +202,7 @@ impl Round<'_> {
         let changed = self.packer.read_words(&scratch.slice(grains.clone())?)?;
         let heads = self.heads(&counts, &listed, &changed);
         let grains_at = scratch.addr() + grains.start as u64;
-        let plan = ChunkPlan::new(self.jobs, &heads, &counts, grains_at)?;
+        let plan = ChunkPlan::new(self.jobs, self.mode, &heads, &counts, grains_at)?;
         // Grains stay where they are; all else of the first look has been used.
         let most: u64 = changed.iter().map(|&changed| u64::from(changed)).sum();
         let mut layout = Layout { at: 0 };
@@ -220,7 +219,7 @@ impl Round<'_> {
         // Where the grains are now.
         let plan = match scratch.addr() + grains.start as u64 {
             same if same == grains_at => plan,
-            moved => ChunkPlan::new(self.jobs, &heads, &counts, moved)?,
+            moved => ChunkPlan::new(self.jobs, self.mode, &heads, &counts, moved)?,
         };
         let bytes: Vec<u8> = changed.iter().flat_map(|word| word.to_le_bytes()).collect();
         device.write(&scratch.slice(grains)?, &bytes)?;
@@ -239,14 +238,14 @@ impl Round<'_> {
                 Arg::U64(status_at),
                 Arg::U64(status_at + 16),
             ];
-            let (name, threads, room) = match self.mode {
-                PackMode::Sparse => ("encode", SPARSE_THREADS, Some(PACK_BYTES)),
-                PackMode::Flags => ("encode_flags", 32, None),
+            let (name, room) = match self.mode {
+                PackMode::Sparse => ("encode", Some(PACK_BYTES)),
+                PackMode::Flags => ("encode_flags", None),
             };
             let args: Vec<Arg> = front.into_iter().chain(room.map(Arg::U32)).chain(rest).collect();
             let name = format!("tpde_{name}_{}", self.bits);
             // SAFETY: as above.
-            unsafe { self.launch(&name, chunks as u32, threads, room.unwrap_or(0), &args) }?;
+            unsafe { self.launch(&name, plan.blocks, self.mode.threads(), room.unwrap_or(0), &args) }?;
         }
         self.stream.synchronize()?;
         let (mut made, mut blob_bytes, mut to) = (Vec::new(), 0, Vec::new());

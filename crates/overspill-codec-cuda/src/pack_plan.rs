@@ -7,7 +7,7 @@ use overspill_codec::{
 };
 
 use crate::decoder::Result;
-use crate::plan::{Job, put_segment};
+use crate::plan::{Job, SPARSE_THREADS, THREADS, put_segment};
 
 /// Threads of a block of the kernels that count, list, clear and gather.
 pub const COUNT_THREADS: u32 = 256;
@@ -31,6 +31,24 @@ pub enum PackMode {
     Sparse,
     /// Mode F: packed and applied sooner.
     Flags,
+}
+
+impl PackMode {
+    /// Chunks that a block packs.
+    fn chunks_a_block(self) -> u32 {
+        match self {
+            PackMode::Sparse => 1,
+            PackMode::Flags => THREADS / 32,
+        }
+    }
+
+    /// Threads of a block.
+    pub fn threads(self) -> u32 {
+        match self {
+            PackMode::Sparse => SPARSE_THREADS,
+            PackMode::Flags => THREADS,
+        }
+    }
 }
 
 /// A segment to pack: where its base and its final words lie.
@@ -134,6 +152,8 @@ pub struct ChunkPlan {
     pub segments: Vec<u8>,
     /// How many segments are in it.
     pub count: u32,
+    /// Blocks that pack.
+    pub blocks: u32,
     /// Their tables.
     pub tables: FlatTables,
     /// First chunk of each segment, also of those that are not in the list; the last entry is how many there are.
@@ -145,9 +165,15 @@ impl ChunkPlan {
     ///
     /// # Errors
     /// None that heads of [`CountPlan::head`] can cause.
-    pub fn new(jobs: &[PackJob], heads: &[Option<Vec<u8>>], counts: &CountPlan, grains: u64) -> Result<Self> {
-        let mut plan =
-            ChunkPlan { segments: Vec::new(), count: 0, tables: FlatTables::new(), chunks: vec![0] };
+    pub fn new(
+        jobs: &[PackJob],
+        mode: PackMode,
+        heads: &[Option<Vec<u8>>],
+        counts: &CountPlan,
+        grains: u64,
+    ) -> Result<Self> {
+        let (segments, tables) = (Vec::new(), FlatTables::new());
+        let mut plan = ChunkPlan { segments, count: 0, blocks: 0, tables, chunks: vec![0] };
         for (number, (job, head)) in jobs.iter().zip(heads).enumerate() {
             let at = plan.chunks[number];
             let Some(head) = head.as_ref().filter(|head| head[0] != 0) else {
@@ -158,8 +184,9 @@ impl ChunkPlan {
             let flat = plan.tables.take(job.spec, &mut &head[..], &mut &vec![0; records][..])?;
             let blob = grains + 4 * counts.grains[number] as u64;
             let places = Job { segment: &flat, base: job.base, out: job.last, blob, index: 0 };
-            put_segment(&mut plan.segments, &places, at, at, false, 0);
+            put_segment(&mut plan.segments, &places, plan.blocks, at, false, 0);
             plan.count += 1;
+            plan.blocks += flat.chunks.div_ceil(mode.chunks_a_block());
             plan.chunks.push(at + flat.chunks);
         }
         Ok(plan)

@@ -12,15 +12,21 @@ pub const THREADS: u32 = 256;
 /// Threads of a block of mode D: its tables are large, and shared by all warps.
 pub const DENSE_THREADS: u32 = 768;
 /// Threads of a block of mode G.
-pub const GROUPS_THREADS: u32 = 512;
+pub const GROUPS_THREADS: u32 = 640;
 /// Threads of a block of mode S. Its first warp decodes alone while the others wait, so small blocks, more of them.
 pub const SPARSE_THREADS: u32 = 128;
 /// Dynamic shared memory that a block of mode S has at first: six blocks fit a multiprocessor of 228 KiB.
 pub const USUAL_SPARSE_BYTES: u32 = 18_880;
+/// Slots of a table.
+const SLOTS: u32 = 4096;
 /// Bytes of a slot table with one byte a slot, and of the list of its entries.
-const SLOT_BYTES: u32 = 4096 + 4 * 261;
+const SLOT_BYTES: u32 = SLOTS + 4 * 261;
+/// Bytes of a class's tables in mode G: a slot table, and of each symbol that words of so many bytes have an entry.
+const fn groups_bytes(word_bytes: u32) -> u32 {
+    SLOTS + 8 * ((32 + 8 * (8 * word_bytes - 5)) | 1)
+}
 /// Bytes of a slot table with a word a slot.
-const FULL_SLOT_BYTES: u32 = 4 * 4096;
+const FULL_SLOT_BYTES: u32 = 4 * SLOTS;
 
 const IS_FLOAT: u32 = 1;
 const IS_STEP: u32 = 2;
@@ -124,8 +130,9 @@ impl Plan {
             plan.tried_again.push(copier(segment) == Family::Sparse);
             let quantized = matches!(segment.spec.base, BaseKind::Quantized(_));
             let in_place = segment.spec.base == BaseKind::Words && job.base == job.out;
-            let unheld =
-                segment.spec.dtype.word_bytes() == 8 || segment.dense_classes * SLOT_BYTES > shared_bytes;
+            let word_bytes = segment.spec.dtype.word_bytes() as u32;
+            let class_bytes = groups_bytes(word_bytes).max(SLOT_BYTES);
+            let unheld = word_bytes == 8 || segment.dense_classes * class_bytes > shared_bytes;
             if unheld || (segment.chunks == 0 && quantized) {
                 plan.host.push(i);
             } else if segment.chunks == 0 && !in_place && segment.spec.words > 0 {
@@ -177,7 +184,8 @@ impl Plan {
                 _ => segment.chunks.div_ceil(threads / 32),
             };
             shared_bytes = shared_bytes.max(match family {
-                Family::Dense | Family::Groups => segment.dense_classes * SLOT_BYTES,
+                Family::Dense => segment.dense_classes * SLOT_BYTES,
+                Family::Groups => segment.dense_classes * groups_bytes(word_bytes),
                 Family::Planes => segment.coded_planes * FULL_SLOT_BYTES,
                 Family::Flags => segment.flag_entries * 4,
                 _ => 0,

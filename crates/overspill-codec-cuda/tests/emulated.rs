@@ -17,7 +17,7 @@ use overspill_codec::{
 use overspill_codec_cuda::pack_plan::{
     CELLS, COUNT_THREADS, ChunkPlan, CountPlan, LIST_WORDS, LISTED, OUTCOME_WORDS, PACK_BYTES,
 };
-use overspill_codec_cuda::plan::{Family, Job, Places, Plan, SPARSE_THREADS, THREADS, USUAL_SPARSE_BYTES};
+use overspill_codec_cuda::plan::{Family, Job, Places, Plan, THREADS, USUAL_SPARSE_BYTES};
 use overspill_codec_cuda::state::{self, Span};
 use overspill_codec_cuda::{PackJob, PackMode};
 use overspill_device::{cuda::Arg, kernels};
@@ -457,7 +457,8 @@ fn pack(library: &Library, case: &Case, mode: PackMode, capacity_bytes: u32) -> 
     launch(library, "tpde_list", [1, COUNT_THREADS], &args);
     let head = counts.head(0, &job, mode, &list, &grains)?;
     let grains_at = grains.as_ptr() as u64;
-    let plan = ChunkPlan::new(&[job], &[Some(head.clone())], &counts, grains_at).expect("the head parses");
+    let plan =
+        ChunkPlan::new(&[job], mode, &[Some(head.clone())], &counts, grains_at).expect("the head parses");
     let chunks = plan.chunk_count() as usize;
     let (mut outcomes, mut status) = (vec![0u32; OUTCOME_WORDS * chunks], [0u32; 4]);
     let (mut bitmap, mut cursor) = (vec![0u32; chunks.div_ceil(32)], [0u32]);
@@ -479,12 +480,12 @@ fn pack(library: &Library, case: &Case, mode: PackMode, capacity_bytes: u32) -> 
             at(&mut status),
             at(&mut bitmap),
         ];
-        let (name, threads, room) = match mode {
-            PackMode::Sparse => ("encode", SPARSE_THREADS, Some(Arg::U32(capacity_bytes))),
-            PackMode::Flags => ("encode_flags", 32, None),
+        let (name, room) = match mode {
+            PackMode::Sparse => ("encode", Some(Arg::U32(capacity_bytes))),
+            PackMode::Flags => ("encode_flags", None),
         };
         let args: Vec<Arg> = front.into_iter().chain(room).chain(rest).collect();
-        launch(library, &format!("tpde_{name}_{bits}"), [chunks as u32, threads], &args);
+        launch(library, &format!("tpde_{name}_{bits}"), [plan.blocks, mode.threads()], &args);
     }
     if plan.is_left(0, &bitmap) {
         return None;

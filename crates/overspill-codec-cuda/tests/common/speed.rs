@@ -88,6 +88,9 @@ pub fn measure(rig: &Rig, sparse_only: bool) {
     let finals = rig.device.alloc_device(raw_bytes).expect("memory");
     let bases = rig.device.alloc_device(raw_bytes).expect("memory");
     println!("{segments} segments of 2^24 bf16 words, {:.2} GB raw; random weights", raw_bytes as f64 / 1e9);
+    let wanted = std::env::var("OVERSPILL_WORKLOADS").ok();
+    let is_wanted = |name: &str| wanted.as_ref().is_none_or(|list| list.split(',').any(|one| one == name));
+    let mut bases_written = false;
     let mut links = Vec::new();
     let (sparse_lr, dense_lr) = (lr_for(0.024), lr_for(0.6));
     for (name, lr, codec) in [
@@ -97,7 +100,7 @@ pub fn measure(rig: &Rig, sparse_only: bool) {
         ("smallest_sparse", sparse_lr, CodecChoice::Auto),
         ("smallest_dense", dense_lr, CodecChoice::Auto),
     ] {
-        if sparse_only && name != "smallest_sparse" {
+        if !is_wanted(name) || (sparse_only && name != "smallest_sparse") {
             continue;
         }
         let standalone = name == "standalone";
@@ -115,12 +118,13 @@ pub fn measure(rig: &Rig, sparse_only: bool) {
             .map(|case| place(&rig.device, &case.index, copies, case.index.len().next_multiple_of(256)))
             .collect();
         // The weights of a seed are the same in every workload.
-        for i in (0..segments).filter(|_| name == "sparse" || sparse_only) {
+        for i in (0..segments).filter(|_| !bases_written) {
             let range = i * WORDS * 2..(i + 1) * WORDS * 2;
             rig.device
                 .write(&bases.slice(range).expect("inside"), &cases[i % cases.len()].base)
                 .expect("write");
         }
+        bases_written = true;
         let changed: f64 = cases.iter().map(|case| share_changed(&case.base, &case.last)).sum();
         let packed: usize = (0..segments).map(|i| cases[i % cases.len()].blob.len()).sum();
         println!(

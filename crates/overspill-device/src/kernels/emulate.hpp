@@ -134,6 +134,17 @@ static void call() {
     kernel(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11]);
 }
 
+// Bytes of eight, or (selectors from 8 on) their signs.
+static inline unsigned permute(unsigned low, unsigned high, unsigned take) {
+    unsigned long long both = (unsigned long long)high << 32 | low;
+    unsigned made = 0;
+    for (unsigned i = 0; i < 4; i++) {
+        unsigned selector = take >> (4 * i) & 15, byte = both >> (8 * (selector & 7)) & 255;
+        made |= (selector < 8 ? byte : byte >> 7 ? 255 : 0) << (8 * i);
+    }
+    return made;
+}
+
 }  // namespace emulated
 
 static uint4 dynamic_shared[(256 << 10) / 16];
@@ -174,10 +185,7 @@ static inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shi
     return (unsigned)((((unsigned long long)high << 32) | low) >> (shift & 31));
 }
 static inline unsigned __byte_perm(unsigned low, unsigned high, unsigned take) {
-    unsigned long long both = (unsigned long long)high << 32 | low;
-    unsigned made = 0;
-    for (unsigned i = 0; i < 4; i++) made |= (unsigned)(both >> (8 * (take >> (4 * i) & 7)) & 255) << (8 * i);
-    return made;
+    return emulated::permute(low, high, take & 0x7777);
 }
 template <typename T> static inline T __ldg(const T* p) { return *p; }
 template <typename T> static inline T __ldcs(const T* p) { return *p; }

@@ -130,6 +130,34 @@ template <typename W> static __device__ W rotated_left(W x) {
     return (W)(((u32)x << 1) | ((u32)x >> (sizeof(W) * 8 - 1)));
 }
 
+// Four bytes of eight, selected by nibbles; from 8 on they select a byte's sign.
+static __device__ u32 permute(u32 low, u32 high, u32 take) {
+#ifdef EMULATED
+    return emulated::permute(low, high, take);
+#else
+    u32 made;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(made) : "r"(low), "r"(high), "r"(take));
+    return made;
+#endif
+}
+
+// Words that fill a register: their top bits, and what selects their signs.
+template <typename W> struct Parts {
+    static const u32 top = sizeof(W) == 1 ? 0x80808080 : sizeof(W) == 2 ? 0x80008000 : 0x80000000;
+    static const u32 signs = sizeof(W) == 1 ? 0xba98 : sizeof(W) == 2 ? 0xbb99 : 0xbbbb;
+};
+
+// Words to and from the order map; `flip` has the bits that floats change where they are negative.
+template <typename W> static __device__ u32 flipped(u32 part, u32 flip) {
+    return part ^ (permute(part, 0, Parts<W>::signs) & flip);
+}
+
+// Sums of words, none of which carries into the next one.
+template <typename W> static __device__ u32 sums(u32 a, u32 b) {
+    const u32 top = Parts<W>::top;
+    return sizeof(W) == 4 ? a + b : ((a & ~top) + (b & ~top)) ^ ((a ^ b) & top);
+}
+
 // Least magnitude and raw bits of a magnitude symbol of words of `bits` <= 32 bits.
 static __device__ bool magnitude(u32 symbol, u32 bits, u32& least, u32& width) {
     u32 above = symbol - 32, octave = 5 + (above >> 3);
@@ -190,15 +218,26 @@ struct Words {
 
 #define RING_WORDS 256u
 
+// Where something lies in shared memory, as a number.
+#ifdef EMULATED
+typedef u64 Near;
+static __device__ Near near_of(const void* p) { return (Near)p; }
+static __device__ u8* at_near(Near at) { return (u8*)at; }
+#else
+typedef u32 Near;
+static __device__ Near near_of(const void* p) { return (Near)__cvta_generic_to_shared(p); }
+static __device__ u8* at_near(Near at) { return (u8*)__cvta_shared_to_generic(at); }
+#endif
+
 // As `Words`, with 256 words in shared memory, so that four steps go by between two looks at what is left.
 struct Stream {
-    u16* ring;
+    Near ring;        // lies at a multiple of its size
     const u32* from;  // this lane's next three aligned words
     u32 left;         // aligned words from there to the end, or 0
     u32 shift;        // of a lane's bytes in them
     u32 bytes;        // of the stream
     u32 taken;        // bytes taken out
-    u32 blocks;       // blocks of 128 words brought in
+    u32 soon;         // with so many bytes taken out a block of 128 words has room
     u32 ahead[3];
     __device__ void fetch() {
 #pragma unroll
@@ -207,16 +246,16 @@ struct Stream {
         left = left > 64 ? left - 64 : 0;
     }
     __device__ void bring(u32 lane) {
-        u32* to = (u32*)ring + (blocks & 1) * 64 + 2 * lane;
+        u32* to = (u32*)at_near(ring | (~soon & RING_WORDS) | 8 * lane);
         // What lies behind the end is never taken by a stream that ends where it should.
         to[0] = __funnelshift_r(ahead[0], ahead[1], shift);
         to[1] = __funnelshift_r(ahead[1], ahead[2], shift);
-        blocks++;
+        soon += RING_WORDS;
         fetch();
         __syncwarp();
     }
     __device__ void open(u16* to, const u8* start, const u8* end, u32 lane) {
-        ring = to; bytes = (u32)(end - start); taken = 0; blocks = 0;
+        ring = near_of(to); bytes = (u32)(end - start); taken = 0; soon = 0u - RING_WORDS;
         const u32* aligned = (const u32*)((u64)start & ~3ull);
         u32 all = (u32)((u64)(end - (const u8*)aligned + 3) / 4);
         shift = ((u32)(u64)start & 3) * 8;
@@ -229,14 +268,14 @@ struct Stream {
     }
     // Before four steps.
     __device__ void keep(u32 lane) {
-        if ((taken >> 8) + 2 > blocks) {
+        if (__any_sync(ALL, taken >= soon)) {
             __syncwarp();
             bring(lane);
         }
     }
     __device__ u32 pull(bool needs, u32 state, u32 below) {
         u32 who = __ballot_sync(ALL, needs);
-        u32 word = *(const u16*)((const u8*)ring + ((taken + 2 * __popc(who & below)) & (2 * RING_WORDS - 2)));
+        u32 word = *(const u16*)at_near(((taken + 2 * __popc(who & below)) & (2 * RING_WORDS - 2)) | ring);
         taken += 2 * __popc(who);
         return needs ? state << 16 | word : state;
     }
@@ -244,7 +283,8 @@ struct Stream {
 };
 
 // A frequency list of the arena: count, then symbol | (frequency - 1) << 8 | first slot << 20, by first slot.
-// `slots` gets for each of 4096 slots the number of its entry; `share` of `shares` threads.
+// `slots` gets for each of 4096 slots the number of its entry, or its symbol; `share` of `shares` threads.
+template <bool SYMBOLS>
 static __device__ void fill_slots(u8* slots, const u32* list, u32 share, u32 shares) {
     u32 count = __ldg(list), each = 4096 / shares, slot = share * each;
     u32 low = 0, high = count;
@@ -252,15 +292,16 @@ static __device__ void fill_slots(u8* slots, const u32* list, u32 share, u32 sha
         u32 middle = (low + high) / 2;
         if (__ldg(list + 1 + middle) >> 20 <= slot) low = middle; else high = middle;
     }
-    u32 ends = low + 1 < count ? __ldg(list + 2 + low) >> 20 : 4096;
+    u32 ends = low + 1 < count ? __ldg(list + 2 + low) >> 20 : 4096, told = SYMBOLS ? __ldg(list + 1 + low) & 255 : low;
     for (u32 to = slot + each; slot < to; slot += 4) {
-        u32 four = low * 0x01010101;
+        u32 four = told * 0x01010101;
         for (u32 i = 0; slot + 4 > ends && i < 4; i++) {
             // Everything from here on is of the next entry, until its end is seen to be near too.
             while (slot + i >= ends) {
                 low++;
                 ends = low + 1 < count ? __ldg(list + 2 + low) >> 20 : 4096;
-                four = low_bits(four, 8 * i) | (low * 0x01010101) << (8 * i);
+                told = SYMBOLS ? __ldg(list + 1 + low) & 255 : low;
+                four = low_bits(four, 8 * i) | (told * 0x01010101) << (8 * i);
             }
         }
         *(u32*)(slots + slot) = four;

@@ -1,47 +1,67 @@
-// Encoder of mode F: a block of one warp packs a chunk, from its last group to its first, and writes words from the end of a
-// piece of the scratch memory down. Heads are made of what `tpde_count` found. A chunk whose payload does not fit into
-// its piece, or that its head does not provide for, is noted in the bitmap; the host packs its segment.
+// Encoder of mode F: a warp packs a chunk, from its last group to its first, and writes words from the end of a piece of the
+// scratch memory down; eight chunks of a segment a block, which share what there is to know of a flag of each key. Heads are
+// made of what `tpde_count` found. A chunk whose payload does not fit into its piece, or that its head does not provide
+// for, is noted in the bitmap; the host packs its segment.
 
 #define FLAG_GROUP 1024u
 #define PIECE_BYTES(CHANGES) (2 * (CHANGES) + 1024)
 #define FRONT_BYTES 160u  // mode and states take at most 141
 
+// How a flag is pushed on a state x: words go out until x is below f << 20, with f the flag's frequency; x then becomes
+// x + (q + s) * d, where q = x / f rounded down, d = 4096 - f, and s is 1 for the flag of no change, which starts where that
+// of a change ends, else 0. q + s are the bits of x * (x and y as one number being added) z from 32 + n on, n those of f but one:
+// x and y hold what makes that exact for all x of 32 bits, and s. w has d in its top 12 bits and n in its low 5. All zeros:
+// nothing is pushed.
+typedef uint4 Push;
+
 struct FlagPacking {
-    uint2 flags[256];         // of each key: the frequency of a change, and where its list of magnitudes lies or 0
-    float2 reciprocals[256];  // of the frequencies of a change and of none
-    u16 changed[FLAG_GROUP];
-    u32 front[FRONT_BYTES / 4];
+    Push pushes[256][2];  // of each key's flags of no change and of a change
+    u32 lists[256];       // where its list of magnitudes lies or 0
+    u16 changed[WARPS][FLAG_GROUP];
+    u32 front[WARPS][FRONT_BYTES / 4];
 };
+
+// `frequency` is 1 to 4095. A divisor's reciprocal of 32 bits, rounded up or down, divides exactly: rounded down, the dividend has
+// one added to it (A. D. Robison, N-bit unsigned division via N-bit multiply-add).
+static __device__ Push push_of(u32 frequency, bool is_set) {
+    u32 bits = 31 - __clz(frequency);
+    u64 power = 1ull << (32 + bits), down = (power - 1) / frequency;
+    bool up = (down + 1) * frequency - power <= 1u << bits && down + 1 < 1ull << 32;
+    u32 factor = (u32)(up ? down + 1 : down);
+    return { up ? 0 : factor, is_set ? 0 : 1u << bits, factor, (4096 - frequency) << 20 | bits };
+}
 
 // States of the lanes, and where their words go.
 struct Pushed {
-    u8 *at, *least;  // the last word written; what lies below `least` is not to be written to
+    u8* piece;
+    u32 at;  // the last word written; nothing is written below FRONT_BYTES
     u32 x;
     bool full;
-    // Makes room in the states of the lanes that have none for a symbol of `frequency` of 2^bits.
-    __device__ void spill(bool active, u32 frequency, u32 bits, u32 below) {
-        bool spills = active && x >> (32 - bits) >= frequency;
-        u32 who = __ballot_sync(ALL, spills);
-        if (who) {
+    // Makes room in the states of the lanes that have none.
+    __device__ void spill(bool spills, u32 below) {
+        if (__any_sync(ALL, spills)) {
+            u32 who = __ballot_sync(ALL, spills);
             u32 bytes = 2 * __popc(who);
-            if ((u64)(at - least) < bytes) full = true;
+            if (at < bytes + FRONT_BYTES) full = true;
             else at -= bytes;
             if (spills) {
-                if (!full) *(u16*)(at + 2 * __popc(who & below)) = (u16)x;
+                if (!full) *(u16*)(piece + at + 2 * __popc(who & below)) = (u16)x;
                 x >>= 16;
             }
         }
     }
-    __device__ void push(bool active, u32 start, u32 frequency, float reciprocal, u32 below) {
-        spill(active, frequency, 12, below);
-        if (!active) return;
-        // The quotient is below 2^20; rounded down throughout, this is it or one less.
-        u32 quotient = __float2uint_rz(__fmul_rz(__uint2float_rz(x), reciprocal)), rest = x - quotient * frequency;
-        if (rest >= frequency) { quotient++; rest -= frequency; }
-        x = (quotient << 12) + rest + start;
+    __device__ void push(const Push& flag, u32 below) {
+        spill((~x | 31) < flag.w, below);
+        u64 product = (u64)x * flag.z + ((u64)flag.y << 32 | flag.x);
+        x += __funnelshift_r((u32)(product >> 32), 0, flag.w) * (flag.w >> 20);
+    }
+    // A symbol of `frequency` of 4096.
+    __device__ void push(bool active, u32 start, u32 frequency, u32 below) {
+        spill(active && x >> 20 >= frequency, below);
+        if (active) x = (x / frequency << 12) + x % frequency + start;
     }
     __device__ void push_bits(u32 value, u32 width, u32 below) {
-        spill(width != 0, 1, width, below);
+        spill(width != 0 && x >> (32 - width) != 0, below);
         x = x << width | value;
     }
 };
@@ -67,10 +87,10 @@ static __device__ u32 find_symbol(const u32* list, u32 symbol) {
 
 // Packs the changed words of a group, the last ones first. False if a class has no symbol for one.
 template <typename W>
-static __device__ bool push_changes(FlagPacking& shared, const u32* arena, Pushed& to, u32 changed, const W* base,
-                                    const W* made, u32 shift, u32 mask, bool is_float, u32 lane, u32 below) {
+static __device__ bool push_changes(const FlagPacking& shared, u16* all_places, const u32* arena, Pushed& to, u32 changed,
+                                    const W* base, const W* made, u32 shift, u32 mask, bool is_float, u32 lane, u32 below) {
     u32 count = __popc(changed), ends = scan(count, lane), total = __shfl_sync(ALL, ends, 31);
-    u16* places = shared.changed + ends - count;
+    u16* places = all_places + ends - count;
     while (changed) {
         u32 i = __ffs(changed) - 1;
         *places++ = (u16)(256 * (i >> 3) + 8 * lane + (i & 7));
@@ -81,14 +101,14 @@ static __device__ bool push_changes(FlagPacking& shared, const u32* arena, Pushe
     for (u32 from = (total + 31) & ~31u; from > 0;) {
         from -= 32;
         bool mine = from + lane < total;
-        u32 at = mine ? shared.changed[from + lane] : 0, entry = 0, width = 0, bits = 0, list = 0;
+        u32 at = mine ? all_places[from + lane] : 0, entry = 0, width = 0, bits = 0, list = 0;
         if (mine) {
             W old = base[at], step = (W)(flip<W>(made[at], is_float) - flip<W>(old, is_float));
             u32 size = size_of<W>(step);
             Split magnitude = split(size);
-            uint2 known = shared.flags[(u32)old >> shift & mask];
-            good = good && known.x;
-            list = known.y;
+            u32 key = (u32)old >> shift & mask;
+            good = good && shared.pushes[key][1].w;
+            list = shared.lists[key];
             width = 1;
             bits = step >> (sizeof(W) * 8 - 1);
             if (list) {
@@ -101,39 +121,39 @@ static __device__ bool push_changes(FlagPacking& shared, const u32* arena, Pushe
         if (sizeof(W) == 4) to.push_bits(width > 16 ? bits >> 16 : 0, width > 16 ? width - 16 : 0, below);
         to.push_bits(width < 16 ? bits : bits & 0xffff, min(width, 16), below);
         // An entry that was found has one added to it, which its symbol takes.
-        u32 frequency = ((entry - 1) >> 8 & 4095) + 1, start = (entry - 1) >> 20;
-        to.push(entry != 0, start, frequency, __frcp_rd((float)frequency), below);
+        to.push(entry != 0, (entry - 1) >> 20, ((entry - 1) >> 8 & 4095) + 1, below);
     }
     __syncwarp();
     return good;
 }
 
-// Packs the flags of a lane's eight words, the last one first.
-template <typename W>
-static __device__ void push_flags(const FlagPacking& shared, Pushed& to, const Eight<W>& old, u32 changed, u32 there,
-                                  u32 shift, u32 mask, u32 below) {
+// Packs the flags of a lane's eight words, the last one first. A key's shift and mask make its place among the pushes.
+template <typename W, bool TAIL>
+static __device__ void push_flags(Near pushes, Pushed& to, const Eight<W>& old, u32 changed, u32 there, u32 shift, u32 mask,
+                                  u32 below) {
+    const u32 each = 2 * sizeof(Push), log2 = 4;
 #pragma unroll
     for (u32 k = 0; k < 8; k++) {
-        u32 i = 7 - k, key = (u32)old.word(i) >> shift & mask, g = shared.flags[key].x;
-        float2 reciprocals = shared.reciprocals[key];
-        bool is_set = changed >> i & 1;
-        to.push(i < there && g, is_set ? 0 : g, is_set ? g : 4096 - g, is_set ? reciprocals.x : reciprocals.y, below);
+        u32 i = 7 - k, key = old.parts[i * sizeof(W) / 4] >> (shift + 8 * (i * sizeof(W) % 4)) & mask;
+        u32 flag = (i < log2 ? changed << (log2 - i) : changed >> (i - log2)) & sizeof(Push);
+        Push push = *(const Push*)at_near(pushes + ((sizeof(W) == 1 ? each * key : key) | flag));
+        if (TAIL && i >= there) push = make_uint4(0, 0, 0, 0);
+        to.push(push, below);
     }
 }
 
 // Mode and states in front of the words, and the payload's check. By one warp, at the end.
-static __device__ void finish_flags(FlagPacking& shared, Pushed& to, u8* end, u8* scratch, u64 term, u32* outcome,
-                                    u32 lane) {
+static __device__ void finish_flags(u32* to_front, Pushed& to, u8* end, u8* scratch, u64 term, u32* outcome, u32 lane) {
     u32 top = 31 - __clz(to.x), own = 4 + top, ends = scan(own, lane), bit = 8 + ends - own;
-    for (u32 i = lane; i < FRONT_BYTES / 4; i += 32) shared.front[i] = 0;
+    for (u32 i = lane; i < FRONT_BYTES / 4; i += 32) to_front[i] = 0;
     __syncwarp();
-    if (lane == 0) atomicOr(&shared.front[0], 6u);
-    put_bits(shared.front, bit, 4, top - 16);
-    put_bits(shared.front, bit + 4, top, low_bits(to.x, top));
+    if (lane == 0) atomicOr(to_front, 6u);
+    put_bits(to_front, bit, 4, top - 16);
+    put_bits(to_front, bit + 4, top, low_bits(to.x, top));
     u32 front = (8 + __shfl_sync(ALL, ends, 31) + 7) / 8;
     __syncwarp();
-    u8* start = to.at - front;
-    for (u32 i = lane; i < front; i += 32) start[i] = ((const u8*)shared.front)[i];
+    u8* start = to.piece + to.at - front;
+    for (u32 i = lane; i < front; i += 32) start[i] = ((const u8*)to_front)[i];
     __threadfence_block();
     __syncwarp();
     u32 bytes = (u32)(end - start);
@@ -152,19 +172,89 @@ static __device__ void finish_flags(FlagPacking& shared, Pushed& to, u8* end, u8
     }
 }
 
+// What there is to know of each key, a thread a key.
+static __device__ void fill_pushes(FlagPacking& shared, const u32* tables, u32 key) {
+    u32 frequency = 0, list = 0;
+    for (u32 q = 0, live = __ldg(tables); q < live; q++) {
+        u32 packed = __ldg(tables + 2 + 3 * q);
+        if (key >= (packed & 255) && key <= (packed >> 8 & 255)) {
+            frequency = __ldg(tables + 3 + 3 * q);
+            list = __ldg(tables + 4 + 3 * q);
+        }
+    }
+    shared.lists[key] = list;
+    for (u32 is_set = 0; is_set < 2; is_set++) {
+        shared.pushes[key][is_set] =
+            frequency ? push_of(is_set ? frequency : 4096 - frequency, is_set) : make_uint4(0, 0, 0, 0);
+    }
+}
+
+// Which of a group's words changed: eight bits for each 256 words.
+template <typename W>
+static __device__ u32 group_changes(const W* base, const W* made, u32 first, u32 words, bool aligned, u32 lane) {
+    u32 changed = 0;
+    // Words of 32 bits would take too many registers at once.
+#pragma unroll (sizeof(W) == 4 ? 1 : 4)
+    for (u32 q = 0; q < 4; q++) {
+        Pair<W> own = load_pair<W>(base, made, first + 256 * q + 8 * lane, words, aligned);
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) {
+            if (own.old.word(i) != own.fresh.word(i)) changed |= 1u << (8 * q + i);
+        }
+    }
+    return changed;
+}
+
+// Packs the chunk's words; false if its head does not provide for them.
+template <typename W>
+static __device__ bool push_words(FlagPacking& shared, const Segment& segment, u32 chunk_first, u32 words, const u32* arena,
+                                  Pushed& to, u32 warp, u32 lane) {
+    const W *base = (const W*)segment.base + chunk_first, *made = (const W*)segment.out + chunk_first;
+    bool aligned = (((u64)base | (u64)made) & 15) == 0, is_float = segment.flags & IS_FLOAT, good = true;
+    u32 shift = segment.key_shift, mask = segment.key_mask, below = (1u << lane) - 1, flag_shift = shift, flag_mask = mask;
+    // Words of 16 and 32 bits have their key at bit 5 or above (or none), which makes it an offset.
+    if (sizeof(W) > 1) { flag_shift = shift < 5 ? 0 : shift - 5; flag_mask = 32 * mask; }
+    // Told to the compiler: neither divergent nor worth working out again.
+    flag_shift = __shfl_sync(ALL, flag_shift, 0);
+    flag_mask = __shfl_sync(ALL, flag_mask, 0);
+    words = __shfl_sync(ALL, words, 0);
+    Near pushes = near_of(shared.pushes);
+    for (u32 first = (words - 1) / FLAG_GROUP * FLAG_GROUP;; first -= FLAG_GROUP) {
+        u32 changed = group_changes<W>(base, made, first, words, aligned, lane);
+        good = push_changes<W>(shared, shared.changed[warp], arena, to, changed, base + first, made + first, shift, mask,
+                               is_float, lane, below) && good;
+        for (u32 q = 4; q-- > 0;) {
+            u32 at = first + 256 * q + 8 * lane;
+            Eight<W> old = load_eight<W>(base, at, words, aligned);
+            if (first + FLAG_GROUP <= words) {
+                push_flags<W, false>(pushes, to, old, changed >> (8 * q), 8, flag_shift, flag_mask, below);
+            } else {
+                u32 there = at < words ? words - at : 0;
+                push_flags<W, true>(pushes, to, old, changed >> (8 * q), there, flag_shift, flag_mask, below);
+            }
+        }
+        if (first == 0) return __all_sync(ALL, good) && !to.full;
+    }
+}
+
 template <typename W>
 static __device__ void encode_flags(const Segment* segments, u32 count, const u32* arena, u32* cursor, u8* scratch,
                                     u32 scratch_units, u32* outcomes, Status* status, u32* bitmap) {
     __shared__ FlagPacking shared;
-    u32 lane = threadIdx.x, below = (1u << lane) - 1, unit = blockIdx.x;
+    u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, unit = blockIdx.x;
     const Segment& segment = segment_of(segments, count, unit);
-    u32 chunk = unit - segment.first, number = segment.bit + chunk, chunk_first = chunk << segment.chunk_log2;
+    fill_pushes(shared, arena + segment.sparse, threadIdx.x);
+    __syncthreads();
+    u32 chunk = (unit - segment.first) * WARPS + warp;
+    // Collectives tell the compiler what is the same for all lanes.
+    if (!__any_sync(ALL, chunk < segment.chunks)) return;
+    u32 number = segment.bit + chunk, chunk_first = chunk << segment.chunk_log2;
     u32 words = min(1u << segment.chunk_log2, segment.words - chunk_first), changes = 0;
     u32* outcome = outcomes + 3 * number;
     u64 term = chunk * 0xa0761d6478bd642full + segment.seed;
     const u32* grains = (const u32*)segment.blob + (chunk_first >> GRAIN_LOG2);
     for (u32 i = 0; i < (words + (1u << GRAIN_LOG2) - 1) >> GRAIN_LOG2; i++) changes += grains[i];
-    if (changes == 0) {
+    if (!__any_sync(ALL, changes != 0)) {
         if (lane == 0) {
             outcome[0] = outcome[1] = 0;
             outcome[2] = (u32)(term * 0x9e3779b97f4a7c15ull >> 32);
@@ -173,59 +263,22 @@ static __device__ void encode_flags(const Segment* segments, u32 count, const u3
     }
     u32 units = (PIECE_BYTES(changes) + 3) / 4, place = lane == 0 ? atomicAdd(cursor, units) : 0;
     place = __shfl_sync(ALL, place, 0);
-    if ((u64)place + units > scratch_units) {
+    if (__any_sync(ALL, (u64)place + units > scratch_units)) {
         if (lane == 0) leave(status, bitmap, number);
         return;
     }
-    const u32* tables = arena + segment.sparse;
-    u32 live = __ldg(tables);
-    for (u32 key = lane; key < 256; key += 32) {
-        uint2 own = make_uint2(0, 0);
-        for (u32 q = 0; q < live; q++) {
-            u32 packed = __ldg(tables + 2 + 3 * q);
-            if (key >= (packed & 255) && key <= (packed >> 8 & 255)) {
-                own = make_uint2(__ldg(tables + 3 + 3 * q), __ldg(tables + 4 + 3 * q));
-            }
-        }
-        shared.flags[key] = own;
-        shared.reciprocals[key] = { own.x ? __frcp_rd((float)own.x) : 0, __frcp_rd((float)(4096 - own.x)) };
-    }
-    __syncwarp();
-    u8 *start = scratch + 4ull * place, *end = start + 4ull * units;
-    Pushed to = { end, start + FRONT_BYTES, 65536, false };
-    const W *base = (const W*)segment.base + chunk_first, *made = (const W*)segment.out + chunk_first;
-    bool aligned = (((u64)base | (u64)made) & 15) == 0, is_float = segment.flags & IS_FLOAT, good = true;
-    u32 shift = segment.key_shift, mask = segment.key_mask;
-    for (u32 first = (words - 1) / FLAG_GROUP * FLAG_GROUP;; first -= FLAG_GROUP) {
-        u32 changed = 0;
-#pragma unroll 1
-        for (u32 q = 0; q < 4; q++) {
-            Pair<W> own = load_pair<W>(base, made, first + 256 * q + 8 * lane, words, aligned);
-#pragma unroll
-            for (u32 i = 0; i < 8; i++) {
-                if (own.old.word(i) != own.fresh.word(i)) changed |= 1u << (8 * q + i);
-            }
-        }
-        good = push_changes<W>(shared, arena, to, changed, base + first, made + first, shift, mask, is_float, lane, below) && good;
-#pragma unroll 1
-        for (u32 q = 4; q-- > 0;) {
-            u32 at = first + 256 * q + 8 * lane;
-            Eight<W> old = load_eight<W>(base, at, words, aligned);
-            push_flags<W>(shared, to, old, changed >> (8 * q), at < words ? words - at : 0, shift, mask, below);
-        }
-        if (first == 0) break;
-    }
-    good = __all_sync(ALL, good) && !to.full;
+    Pushed to = { scratch + 4ull * place, 4 * units, 65536, false };
+    bool good = push_words<W>(shared, segment, chunk_first, words, arena, to, warp, lane);
     // The words as they are would be shorter than this.
-    if (!good || (u64)(end - to.at) + FRONT_BYTES > (u64)words * sizeof(W)) {
+    if (!good || (u64)(4 * units - to.at) + FRONT_BYTES > (u64)words * sizeof(W)) {
         if (lane == 0) leave(status, bitmap, number);
         return;
     }
-    finish_flags(shared, to, end, scratch, term, outcome, lane);
+    finish_flags(shared.front[warp], to, to.piece + 4 * units, scratch, term, outcome, lane);
 }
 
 #define ENCODE_FLAGS(NAME, W)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(32)                                                                 \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 4)                                                   \
     NAME(const Segment* segments, u32 count, const u32* arena, u32* cursor, u8* scratch, u32 scratch_units,          \
          u32* outcomes, Status* status, u32* bitmap) {                                                               \
         encode_flags<W>(segments, count, arena, cursor, scratch, scratch_units, outcomes, status, bitmap);           \

@@ -184,8 +184,8 @@ static __device__ void flagged_words(const FlagsShared& shared, u16* places, con
     }
 }
 
-// Thirty-two states, each in as few bits as it needs. False if they end early.
-static __device__ bool packed_states(u32& x, Pulled& stream, const u8* at, const u8* end, u32 lane) {
+// Thirty-two states, each in as few bits as it needs: what follows them, or nothing if they end early.
+static __device__ const u8* packed_states(u32& x, const u8* at, const u8* end, u32 lane) {
     u32 bit = 0, own = 0;
     for (u32 i = 0; i < 32; i++) {
         if (i == lane) own = bit;
@@ -197,8 +197,7 @@ static __device__ bool packed_states(u32& x, Pulled& stream, const u8* at, const
     u32 width = 16 + (low >> shift & 15);
     x = 1u << width | low_bits(__funnelshift_r(__funnelshift_r(low, high, shift), high >> shift, 4), width);
     const u8* rest = at + (bit + 7) / 8;
-    stream.open(rest < end ? rest : end, end, lane);
-    return rest <= end;
+    return __all_sync(ALL, rest <= end) ? rest : 0;
 }
 
 template <typename W>
@@ -221,11 +220,15 @@ static __device__ void decode_flags(const Segment* segments, u32 count, const u3
         other_modes<W>(work, status, bitmap, lane);
         return;
     }
-    Pulled stream;
     u32 x;
-    bool good = packed_states(x, stream, work.payload.start + 1, work.payload.end, lane);
-    if (__all_sync(ALL, good)) flagged_words<W>(shared, shared.changed[thread >> 5], work, entries, x, stream, status, lane);
-    else if (lane == 0) fail(status, ENDS_EARLY, work.number);
+    const u8* words = packed_states(x, work.payload.start + 1, work.payload.end, lane);
+    if (words) {
+        Pulled stream;
+        stream.open(words, work.payload.end, lane);
+        flagged_words<W>(shared, shared.changed[thread >> 5], work, entries, x, stream, status, lane);
+    } else if (lane == 0) {
+        fail(status, ENDS_EARLY, work.number);
+    }
 }
 
 #define FLAGS_KERNEL(NAME, W, BLOCKS)                                                                                \

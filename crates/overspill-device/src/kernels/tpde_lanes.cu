@@ -11,8 +11,8 @@
 #define GROUP_STEPS 8u
 #define GROUP_WORDS (32 * GROUP_STEPS)
 
-template <typename W> struct PlanesShared { u16 rings[WARPS][sizeof(W)][RING_WORDS]; u8 symbols[WARPS][sizeof(W)][GROUP_WORDS]; };
-struct DenseShared { u16 rings[DENSE_WARPS][RING_WORDS]; u8 symbols[DENSE_WARPS][GROUP_WORDS]; u8 class_of[256]; };
+template <typename W> struct alignas(2 * RING_WORDS) PlanesShared { u16 rings[WARPS][sizeof(W)][RING_WORDS]; u8 symbols[WARPS][sizeof(W)][GROUP_WORDS]; };
+struct alignas(2 * RING_WORDS) DenseShared { u16 rings[DENSE_WARPS][RING_WORDS]; u8 symbols[DENSE_WARPS][GROUP_WORDS]; u8 class_of[256]; };
 
 // Opens an entropy-coded part: 32 states, then words. False if it is too short or a state is out of range.
 template <typename S>
@@ -532,7 +532,7 @@ static __device__ void decode_dense(const Segment* segments, u32 count, const u3
         if (thread < 256) shared.class_of[thread] = (u8)(__ldg(tables + 1 + thread / 4) >> (8 * (thread % 4)));
         for (u32 c = warp; c < classes; c += DENSE_WARPS) {
             const u32* list = arena + __ldg(tables + 65 + c);
-            fill_slots(slots + 4096 * c, list, lane, 32);
+            fill_slots<false>(slots + 4096 * c, list, lane, 32);
             for (u32 e = lane; e < __ldg(list); e += 32) entries[ENTRY_STRIDE * c + e] = __ldg(list + 1 + e);
         }
     }

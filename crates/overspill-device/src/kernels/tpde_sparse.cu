@@ -20,7 +20,7 @@ struct Shared : Counting {
     u32 first_words[16];  // of the raw bits: what the lanes end in
     const u8 *raw_rest, *raw_end;
     u32 seed_bytes, raw_bytes, raw_staged;
-    u16 ring[RING_WORDS];
+    alignas(2 * RING_WORDS) u16 ring[RING_WORDS];
 };
 
 // ---- 1: symbols --------------------------------------------------------------------------------
