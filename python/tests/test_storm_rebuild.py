@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -309,6 +310,30 @@ def test_nothing_grows_over_a_thousand_steps() -> None:
         assert len(storm._by_storage) + len(storm._transfers.leaving) + len(storm._proofs._rebuilt) == 0
         gc.collect()
         assert len(gc.get_objects()) < objects + 500
+
+
+def test_what_leaves_fits_the_host(tmp_path: Path) -> None:
+    """Over a link that costs nothing all would leave; with less room there, some of it is rebuilt."""
+
+    def run(wrap: Callable[..., Any], **options: Any) -> dict[str, Any]:
+        torch.manual_seed(0)
+        made = (nn.Sequential(nn.Linear(64, 256), nn.SiLU(), nn.Linear(256, 64), nn.Tanh()) for _ in range(6))
+        model = nn.Sequential(*made)
+        storm = wrap(model, spill_dir=str(tmp_path), host_budget="1MiB", **options)
+        if wrap is offload_everything:
+            storm._link_gbps = lambda: (1e9, 1e9)
+        with storm:
+            for _ in range(4):
+                model(torch.randn(1024, 64)).square().mean().backward()
+        storm.close()
+        return storm.report()["predicted"]
+
+    least, most = (run(wrap)["host_bytes"] for wrap in (rebuild_everything, offload_everything))
+    assert least < most
+    room = (least + most) // 2
+    predicted = run(offload_everything, spill_limit=room * 8 // 7 - 2**20)
+    assert least <= predicted["host_bytes"] <= room
+    assert predicted["rebuilt_bytes"] > 0
 
 
 def test_a_long_chain_is_cut() -> None:
