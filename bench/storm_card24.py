@@ -21,7 +21,7 @@ from typing import Any
 import peft
 import torch
 from storm_evidence import Memory
-from storm_parts import fused_loss
+from storm_parts import fused_loss, liger_loss
 from storm_v1 import GB
 from transformers import LlamaConfig, LlamaModel
 
@@ -207,7 +207,7 @@ def run(name: str, tokens: int, options: argparse.Namespace) -> None:
             bound = plan["stall_us"] + plan["rebuild_us"] + plan["codec_us"]
             note = (
                 f"{case.what}, random weights, bf16, one sequence of {options.tokens or tokens} tokens, AdamW in bf16, "
-                f"torch held to {TORCH_BYTES / GB:.1f} GB; {{outcome}}; autograd saves {said['saved'] / GB:.1f} GB, "
+                f"{'its loss in pieces' if liger_loss() is None else 'Liger fused loss'}, torch held to {TORCH_BYTES / GB:.1f} GB; {{outcome}}; autograd saves {said['saved'] / GB:.1f} GB, "
                 f"rebuilt {plan['rebuilt_bytes'] / GB:.1f}, offloaded {plan['offloaded_bytes'] / GB:.1f}, kept "
                 f"{plan['kept_bytes'] / GB:.1f} GB"
             )

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from storm_evidence import Memory, exposed, lanes
-from storm_parts import PARTS, WARM_STEPS, Part, build, saved_bytes, step_times
+from storm_parts import PARTS, WARM_STEPS, Part, build, liger_loss, saved_bytes, step_times
 from storm_peers import checkpointing_offload, selective
 from storm_v1 import GB, checkpointing, raw_link, timed_hooks, trl_offload, unsloth_checkpoint
 
@@ -161,6 +161,8 @@ class Bench:
         held = peak - self.fixed
         if peak > budget:
             remark = f"; {peak - budget} bytes over the budget{remark}"
+        if part.has_fused_loss:
+            remark += "; loss in pieces" if liger_loss() is None else "; Liger's fused loss on both sides"
         self.rows = [one for one in self.rows if one["id"] != f"storm.overhead_pct.{goal}"]
         own_ms = (predicted["stall_us"] + predicted["rebuild_us"] + predicted["codec_us"]) / 1e3
         bound = own_ms / (predicted["step_us"] / 1e3 - own_ms) * 100

@@ -80,13 +80,21 @@ class Whole(torch.nn.Module):
         return self.model(input_ids=ids, labels=ids).loss
 
 
-def fused_loss(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Liger's head and cross-entropy in one; plain, in checkpointed pieces, where it does not load."""
+def liger_loss() -> Any:
+    """Liger's head and cross-entropy in one, or None where it does not load."""
     try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as fused
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
     except ImportError:
+        return None
+    return LigerFusedLinearCrossEntropyFunction.apply
+
+
+def fused_loss(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Liger's; plain, in checkpointed pieces, where it does not load."""
+    fused = liger_loss()
+    if fused is None:
         return pieces_loss(hidden, weight, ids)
-    made = fused.apply(hidden, weight, ids)
+    made = fused(hidden, weight, ids)
     return made[0] if isinstance(made, tuple) else made
 
 
