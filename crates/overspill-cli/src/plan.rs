@@ -74,6 +74,9 @@ pub struct Args {
     /// Head and loss in one operation that never holds all logits, as Liger has it.
     #[arg(long)]
     fused_loss: bool,
+    /// Offload through the link codec where that pays, as Storm(compress=True) does.
+    #[arg(long)]
+    compress: bool,
     /// GB (1e9 bytes) of host memory for what leaves; default: without end.
     #[arg(long)]
     host_gb: Option<f64>,
@@ -154,7 +157,10 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let fixed_bytes = fixed_bytes(&shape, &args.optimizer);
     let speeds =
         Speeds { matmul_flops: card.tflops * 1e12 * MATMUL_SHARE, memory_bytes: card.memory_tbps * 1e12 };
-    let record = shape.step(&speeds, fixed_bytes);
+    let mut record = shape.step(&speeds, fixed_bytes);
+    if !args.compress {
+        record.units.iter_mut().for_each(|unit| unit.coded = None);
+    }
     let link = Link { offload_gbps: gbps, onboard_gbps: gbps };
     let priced = budgets(args, card, &record, fixed_bytes)?
         .into_iter()

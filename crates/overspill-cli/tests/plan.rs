@@ -51,6 +51,18 @@ fn what_cannot_fit_is_said() {
     assert!(String::from_utf8_lossy(&out.stdout).contains("--fused-loss"), "{out:?}");
 }
 
+#[test]
+fn the_codec_is_for_those_who_ask() {
+    let args =
+        ["--model", "llama-8b", "--card", "h100", "--link-gbps", "10", "--batch", "4", "--layers", "16"];
+    let compressed = |args: &[&str]| {
+        let plans = document(args)["plans"].as_array().expect("plans").clone();
+        plans.iter().map(|plan| plan["predicted"]["compressed_bytes"].as_u64().expect("bytes")).sum::<u64>()
+    };
+    assert_eq!(compressed(&args), 0);
+    assert!(compressed(&[&args[..], &["--compress"]].concat()) > 0);
+}
+
 /// What most owners of 24 GB ask: every weight of a small model over a long text, and adapters of an 8B one.
 #[test]
 fn a_card_of_24_gb_gets_an_answer() {
