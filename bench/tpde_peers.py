@@ -20,7 +20,7 @@ Encoded = list[bytes]
 
 
 def compress(data: bytes, level: int) -> bytes:
-    return zstandard.ZstdCompressor(level=level, threads=2 if level > 10 else 0).compress(data)
+    return zstandard.ZstdCompressor(level=level).compress(data)
 
 
 def decompress(data: bytes) -> bytes:

@@ -75,6 +75,9 @@ pub fn run_with(
             return error.exit_code() as u8;
         }
     };
+    if matches!(cli.command, Command::Tpde(_) | Command::Chain(_)) {
+        stop_on_signals();
+    }
     let outcome = match cli.command {
         Command::Tpde(args) => tpde::run(args),
         Command::Chain(args) => chain::run(args),
@@ -91,4 +94,16 @@ pub fn run_with(
     };
     eprintln!("overspill: {}", message.replace('\n', " "));
     code
+}
+
+/// On SIGINT, SIGTERM and SIGHUP the operation ends as if it had failed, which leaves nothing behind; a second one ends
+/// the process at once.
+fn stop_on_signals() {
+    let stop = || {
+        if overspill_tpde::stop() {
+            std::process::exit(1);
+        }
+    };
+    // Refused only where a command ran before in this process: then the signals are caught already.
+    let _ = ctrlc::set_handler(stop);
 }

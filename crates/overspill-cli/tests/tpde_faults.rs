@@ -98,3 +98,38 @@ fn a_killed_program_never_leaves_half_a_file() {
         assert!(found == OLD || found == whole, "round {round}: {} bytes", found.len());
     }
 }
+
+/// Told to end at any moment, the program leaves the old file or the new one, and nothing beside it.
+#[test]
+fn a_stopped_program_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let [b, out] = ["b", "out"].map(|name| folder.path().join(name));
+    write_noise(&b, 24 << 20, 3);
+    let whole = fs::read(&b).expect("reads");
+    let packed = limited(folder.path(), 1 << 20, false, "pack --final b -o p");
+    assert!(packed.status.success(), "{}", String::from_utf8_lossy(&packed.stderr));
+    for round in 0..12 {
+        fs::write(&out, OLD).expect("written");
+        let child = Command::new(PROGRAM)
+            .args(["tpde", "-q", "apply", "--patch", "p", "-o", "out"])
+            .current_dir(folder.path())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .expect("runs");
+        std::thread::sleep(Duration::from_millis(4 * round));
+        let signal = ["-INT", "-TERM", "-HUP"][round as usize % 3];
+        let _ = Command::new("kill").args([signal, &child.id().to_string()]).status();
+        let output = child.wait_with_output().expect("ends");
+        let (found, text) = (fs::read(&out).expect("reads"), String::from_utf8_lossy(&output.stderr));
+        assert_eq!(names(folder.path()), ["b", "out", "p"], "round {round}");
+        match output.status.code() {
+            Some(0) => assert!(found == whole, "round {round}"),
+            // Before it could catch a signal it had not begun.
+            None => assert!(found == OLD, "round {round}"),
+            code => {
+                assert_eq!(code, Some(1), "round {round}: {text}");
+                assert!(found == OLD && text.lines().count() == 1 && text.contains("stopped"), "{text}");
+            }
+        }
+    }
+}

@@ -7,7 +7,7 @@
 
 use crate::CodecError;
 use crate::bits::{BitReader, BitWriter, put_varint, take, take_varint};
-use crate::rans::{Decoder, MAX_LANES, SymbolTable};
+use crate::rans::{Decoder, MAX_LANES, SymbolTable, put_coded};
 use crate::simd;
 use crate::tables::{Frequencies, MAX_SYMBOLS, entropy_bits};
 use crate::words::Word;
@@ -118,7 +118,6 @@ pub(crate) fn split_plane<W: Word>(words: &[u8], is_float: bool, shift: u32, pla
 #[derive(Default)]
 pub(crate) struct Scratch {
     plane: Vec<u8>,
-    coded: Vec<u8>,
     words: Vec<u16>,
 }
 
@@ -130,18 +129,23 @@ pub(crate) fn encode<W: Word>(
     scratch: &mut Scratch,
     out: &mut Vec<u8>,
 ) {
-    let Scratch { plane, coded, words: spare } = scratch;
-    plane.resize(words.len() / W::BYTES, 0);
+    let Scratch { plane, words: room } = scratch;
+    let count = words.len() / W::BYTES;
+    plane.resize(count, 0);
     for (index, table) in tables.iter().enumerate() {
         let shift = plane_shift::<W>(index);
-        simd::split_plane::<W>(words, is_float, shift, plane);
         match table {
-            None => out.extend_from_slice(plane),
+            None => {
+                let start = out.len();
+                out.resize(start + count, 0);
+                simd::split_plane::<W>(words, is_float, shift, &mut out[start..]);
+            }
             Some(table) => {
-                coded.clear();
-                simd::encode_bytes(plane, table, spare, coded);
-                put_varint(out, coded.len() as u64);
-                out.extend_from_slice(coded);
+                simd::split_plane::<W>(words, is_float, shift, plane);
+                let (states, first) = simd::encode_bytes(plane, table, room);
+                let coded = &room[first..];
+                put_varint(out, (4 * states.len() + 2 * coded.len()) as u64);
+                put_coded(&states, coded.iter(), out);
             }
         }
     }

@@ -82,10 +82,7 @@ impl Encoder {
     /// Append the lanes' states (4 bytes each), then the words. `seeds` are the states that decoding ends in.
     pub(crate) fn finish(&self, seeds: &[u32], out: &mut Vec<u8>) {
         let (states, words) = self.run(seeds);
-        for state in &states[..seeds.len()] {
-            out.extend_from_slice(&state.to_le_bytes());
-        }
-        put_words(words.iter().rev(), out);
+        put_coded(&states[..seeds.len()], words.iter().rev(), out);
     }
 
     /// As [`Encoder::finish`], each state in as few bits as it needs: 4 bits n - 16, then the n bits below its
@@ -116,6 +113,18 @@ impl Encoder {
     }
 }
 
+/// Append states and words.
+pub(crate) fn put_coded<'a>(
+    states: &[u32],
+    words: impl ExactSizeIterator<Item = &'a u16>,
+    out: &mut Vec<u8>,
+) {
+    for state in states {
+        out.extend_from_slice(&state.to_le_bytes());
+    }
+    put_words(words, out);
+}
+
 /// Append words, little endian.
 pub(crate) fn put_words<'a>(words: impl ExactSizeIterator<Item = &'a u16>, out: &mut Vec<u8>) {
     let start = out.len();
@@ -144,13 +153,21 @@ pub(crate) fn encode_symbol(state: &mut u32, (start, frequency): (u16, u16), bit
     word
 }
 
-/// Entropy-code bytes on 32 lanes with one table: states, then words.
-pub(crate) fn encode_bytes(bytes: &[u8], table: &SymbolTable, out: &mut Vec<u8>) {
+/// Entropy-code bytes, each of which has a frequency in `table`, on 32 lanes: the lanes' states, and where in `room` their
+/// words start, which go on to its end. What `room` holds before does not matter.
+pub(crate) fn encode_bytes(
+    bytes: &[u8],
+    table: &SymbolTable,
+    room: &mut Vec<u16>,
+) -> ([u32; MAX_LANES], usize) {
     let mut encoder = Encoder::default();
     for &byte in bytes {
         encoder.push(table, byte.into());
     }
-    encoder.finish(&[STATE_LOW; MAX_LANES], out);
+    let (states, words) = encoder.run(&[STATE_LOW; MAX_LANES]);
+    room.clear();
+    room.extend(words.iter().rev());
+    (states, 0)
 }
 
 /// Decodes symbols in order from lanes over one word stream.

@@ -323,6 +323,18 @@ pub(crate) fn count_keys<W: Word>(words: &[u8], keys: KeyMap, stride: usize, tab
     }
 }
 
+/// Words that are not zero.
+#[inline(always)]
+pub(crate) fn count_nonzero<W: Word>(words: &[u8]) -> u32 {
+    // Few enough for a count of 16 bits, twice as many of which fit a vector.
+    const PIECE_WORDS: usize = 4096;
+    let in_piece = |piece: &[u8]| {
+        let set = piece.chunks_exact(W::BYTES).map(|word| u16::from(W::load(word) != W::default()));
+        u32::from(set.sum::<u16>())
+    };
+    words.chunks(PIECE_WORDS * W::BYTES).map(in_piece).sum()
+}
+
 /// Append which words differ, a bit each, 64 to a number.
 #[inline(always)]
 pub(crate) fn change_masks<W: Word, O: BlockOps>(old: &[u8], new: &[u8], masks: &mut Vec<u64>) {

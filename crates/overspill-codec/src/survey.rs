@@ -104,11 +104,7 @@ impl<W: Word> Survey<W> {
 
     /// Words that are not zero, where there is no base.
     fn count_nonzero(&mut self, new: &[u8]) {
-        let grain_bytes = W::BYTES << GRAIN_LOG2;
-        let zeros = vec![0; grain_bytes.min(new.len())];
-        for new in new.chunks(grain_bytes) {
-            self.count_changed(&zeros[..new.len()], new);
-        }
+        self.grains.extend(new.chunks(W::BYTES << GRAIN_LOG2).map(simd::count_nonzero::<W>));
     }
 
     /// What changed, the values by key, and rows.

@@ -31,7 +31,7 @@ const VERSION: &str = "1";
 /// Where large blobs and their index start: a page.
 pub(crate) const ALIGN_BYTES: usize = 4096;
 /// Blobs of at least this size are aligned; in smaller files padding would be felt.
-const ALIGNED_BLOB_BYTES: u64 = 1 << 20;
+pub(crate) const ALIGNED_BLOB_BYTES: u64 = 1 << 20;
 /// Most bytes of the index and heads sections each: 4 TB of raw weights.
 const MAX_TABLE_BYTES: u64 = 256 << 20;
 /// The blob is authenticated in reads of this size.

@@ -41,6 +41,9 @@ pub enum Error {
         /// State of the base given.
         found: StateId,
     },
+    /// Told to end by [`crate::stop`].
+    #[error("stopped; nothing was written")]
+    Stopped,
     /// The call itself makes no sense, whatever the bytes are.
     #[error("{what}")]
     Misuse {

@@ -53,7 +53,7 @@ pub use parts::{Coded, Parts};
 pub use state::{SegmentHash, StateId, hash_segment, state_id, state_id_of};
 pub use tensor::{authenticate, decode_tensor, dequantize, quantize};
 pub use verify::{Verification, verify};
-pub use work::{Options, Progress};
+pub use work::{Options, Progress, stop};
 
 /// What the operations of this crate return.
 pub type Result<T> = std::result::Result<T, Error>;

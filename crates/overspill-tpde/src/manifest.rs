@@ -15,8 +15,11 @@ use crate::{Error, Result};
 /// Most bytes of a manifest, compressed or not: a million tensors.
 pub(crate) const MAX_MANIFEST_BYTES: u64 = 128 << 20;
 
-/// Level for the manifest of a patch that is made once: it is small, and its bytes count.
+/// Zstandard level for the manifest of a patch that is made once: it is small, and its bytes count.
 pub(crate) const ZSTD_LEVEL: i32 = 19;
+/// The level beside a large blob, where its bytes do not count: the last level takes 4 ms for a hundred tensors
+/// while all cores wait.
+pub(crate) const ZSTD_LEVEL_BESIDE_MUCH: i32 = 3;
 
 /// One tensor that a patch makes.
 #[derive(Debug, Clone, PartialEq, Eq)]

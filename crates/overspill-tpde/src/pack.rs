@@ -13,8 +13,8 @@ use overspill_codec::{
 
 use crate::buffer::Buffer;
 use crate::checkpoint::{Checkpoint, Kind, Layout, Tensor};
-use crate::container::{ALIGN_BYTES, PatchHasher, PatchType, aligned, patch_header};
-use crate::manifest::{Entry, Manifest, ZSTD_LEVEL};
+use crate::container::{ALIGN_BYTES, ALIGNED_BLOB_BYTES, PatchHasher, PatchType, aligned, patch_header};
+use crate::manifest::{Entry, Manifest, ZSTD_LEVEL, ZSTD_LEVEL_BESIDE_MUCH};
 use crate::output::OutputFile;
 use crate::state::{SegmentHash, StateHasher, StateId, hash_segment};
 use crate::work::{Meter, Options, Progress, Workers};
@@ -207,8 +207,9 @@ fn pack_sections(
         Some(hashes) => PatchType::Relative(hashes.finish()),
     };
     let final_id = final_hashes.finish();
-    let manifest =
-        describe(base, final_state, kind.codec_kind(), &changed).encode(&final_state.path, ZSTD_LEVEL)?;
+    let level = if writer.used_bytes() < ALIGNED_BLOB_BYTES { ZSTD_LEVEL } else { ZSTD_LEVEL_BESIDE_MUCH };
+    let manifest = describe(base, final_state, kind.codec_kind(), &changed);
+    let manifest = manifest.encode(&final_state.path, level)?;
     let packed_bytes = writer.finish(index, heads, manifest, kind, final_id, &workers)?;
     let raw_bytes = final_state.total_bytes();
     Ok((PackReport { kind, final_id, raw_bytes, packed_bytes }, writer))
@@ -324,6 +325,11 @@ impl BlobWriter {
         }
     }
 
+    /// Bytes of the blob so far.
+    fn used_bytes(&self) -> u64 {
+        self.written_bytes + self.pieces_bytes as u64
+    }
+
     fn push(&mut self, payloads: Vec<u8>, workers: &Workers) -> Result<()> {
         self.pieces_bytes += payloads.len();
         self.pieces.push(payloads);
@@ -361,7 +367,7 @@ impl BlobWriter {
         final_id: StateId,
         workers: &Workers,
     ) -> Result<u64> {
-        let used_bytes = self.written_bytes + self.pieces_bytes as u64;
+        let used_bytes = self.used_bytes();
         let (align_bytes, blob_bytes) = aligned(used_bytes);
         let padding = (blob_bytes - used_bytes) as usize;
         self.pieces.push(vec![0; padding]);

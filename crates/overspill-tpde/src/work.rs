@@ -1,6 +1,6 @@
 //! Segments over cores, within a memory budget, results in order.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
@@ -24,6 +24,15 @@ impl Default for Options {
     fn default() -> Self {
         Options { memory_bytes: 1536 << 20, threads: 0 }
     }
+}
+
+/// Whether [`stop`] was called.
+static STOP: AtomicBool = AtomicBool::new(false);
+
+/// Ends every operation of this process before its next segment, with [`Error::Stopped`] and without an output: for
+/// programs that are told to end. There is no way back. Returns whether it was called before.
+pub fn stop() -> bool {
+    STOP.swap(true, Ordering::Relaxed)
 }
 
 /// Buffers that one segment in work needs, in multiples of its raw bytes: base, final, encoder's scratch.
@@ -68,8 +77,10 @@ impl Workers {
                 end += 1;
             }
             let group = &jobs[start..end];
-            let results: Vec<R> =
-                self.pool.install(|| group.par_iter().with_max_len(1).map(&work).collect::<Result<_>>())?;
+            let work_or_stop =
+                |job| if STOP.load(Ordering::Relaxed) { Err(Error::Stopped) } else { work(job) };
+            let all = || group.par_iter().with_max_len(1).map(work_or_stop).collect::<Result<_>>();
+            let results: Vec<R> = self.pool.install(all)?;
             for (job, result) in group.iter().zip(results) {
                 sink(job, result)?;
             }
