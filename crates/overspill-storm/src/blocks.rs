@@ -162,19 +162,15 @@ impl Step {
         units
     }
 
-    /// The 32-bit input with its narrow copy, the normalised cast, the weighted result. A frozen norm saves the first,
-    /// and its result is saved where an adapter reads it.
+    /// The 32-bit input with its narrow copy, the normalised cast, the weighted result. A frozen norm saves the first;
+    /// each of two adapters that read its result saves that in 32 bit, as peft's do.
     fn norm(&mut self, traffic_us: f64, has_adapter: bool) -> Vec<usize> {
         let bytes = self.wide(self.shape.hidden);
         let mut units = Vec::new();
-        let wide = self.pack(2 * bytes, traffic_us / 2.0, &mut units);
-        let narrow = self.pack(bytes, 0.0, &mut units);
-        self.record.units[narrow].is_narrow = true;
-        self.record.units[wide].coded = None;
-        self.recipe(wide, vec![narrow], self.moved_us(3 * bytes));
+        let wide = self.widened(bytes, traffic_us / 2.0, &mut units);
         if self.shape.is_frozen() {
-            if has_adapter {
-                self.pack(bytes, traffic_us, &mut units);
+            for _ in 0..if has_adapter { 2 } else { 0 } {
+                self.widened(bytes, traffic_us / 2.0, &mut units);
             }
             return units;
         }
@@ -183,6 +179,16 @@ impl Step {
         self.recipe(normal, vec![wide], self.moved_us(7 * bytes));
         self.recipe(weighted, vec![normal], self.moved_us(2 * bytes));
         units
+    }
+
+    /// A 32-bit copy of `bytes` in 16 bit, and the narrow copy that it can be made from.
+    fn widened(&mut self, bytes: u64, after_us: f64, units: &mut Vec<usize>) -> usize {
+        let wide = self.pack(2 * bytes, after_us, units);
+        let narrow = self.pack(bytes, 0.0, units);
+        self.record.units[narrow].is_narrow = true;
+        self.record.units[wide].coded = None;
+        self.recipe(wide, vec![narrow], self.moved_us(3 * bytes));
+        wide
     }
 
     /// Head and loss, forward and backward: the probabilities in 32 bit are saved, their logits and
