@@ -368,3 +368,9 @@ class DevicePatch:
 def resident_id(target: Any) -> str:
     """The id of a module's or a mapping's state: what :meth:`Patch.apply_` left, else hashed."""
     return getattr(target, _STATE, None) or state_id(tensors_of(target))
+
+
+def settle(target: Any, state: str) -> None:
+    """Says what state a module is in, for the next patch."""
+    if not isinstance(target, Mapping):
+        setattr(target, _STATE, state)

@@ -2,8 +2,8 @@
 
 A variant is a pair of patches, base to variant and back, both made of what changed only. Switching applies the way
 back of the current one and the way out of the next, where the weights lie: no copy of the base is kept, and what
-comes out are the variant's weights bit for bit. The way back is packed once, when a variant is added, which takes
-the host memory of one model.
+comes out are the variant's weights bit for bit. The way back is packed once, when a variant is added: on the device
+where it has room for a second set of weights meanwhile, else on the host, which takes a model's size there.
 
 Not here: the model's work must be done with the old weights, or be on the current stream, before a switch.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 from . import tpde
 from ._checkpoint import PathType, tensors_of
-from ._patch import PatchBytes, resident_id
+from ._patch import PatchBytes, resident_id, settle
 from .errors import FormatError
 
 
@@ -58,13 +58,22 @@ class Variants:
         if there.kind == "standalone":
             raise ValueError(f"{name!r} stands alone; a variant is a patch of the base")
         self.switch(None)
+        self._ways[name] = (there, self._way_back(there))
+
+    def _way_back(self, there: tpde.Patch) -> tpde.Patch:
+        """The base as a patch of what ``there`` makes of it."""
         held = tensors_of(self.model)
-        base = {key: tensor.detach().cpu() for key, tensor in held.items()}
-        # Kernels take what they decode in one pass; threads take what is smallest.
-        on_gpu = any(tensor.device.type == "cuda" for tensor in held.values())
-        back = tpde.pack(there.apply(base, base_id=self.base_id), base, codec="gpu" if on_gpu else "auto")
-        assert back.data is not None
-        self._ways[name] = (there, tpde.Patch(back.data))
+        copy = _copied(held)
+        if copy is None:
+            base = {key: tensor.detach().cpu() for key, tensor in held.items()}
+            return _opened(tpde.pack(there.apply(base, base_id=self.base_id), base))
+        try:
+            state = there.apply_(self.model, base_id=self.base_id)
+            return _opened(tpde.encode(held, copy, base_id=state, final_id=self.base_id))
+        finally:
+            for key, tensor in held.items():
+                tensor.detach().copy_(copy[key])
+            settle(self.model, self.base_id)
 
     def remove(self, name: str) -> None:
         """Forgets a variant; weights that are this one go back to the base."""
@@ -89,3 +98,20 @@ class Variants:
             state = out.apply_(self.model, base_id=state)
         self._current, self._state = name, state
         return state
+
+
+def _copied(held: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A second set of weights beside those on a CUDA device; None where there is no room for it, or no such device."""
+    if not held or any(tensor.device.type != "cuda" for tensor in held.values()):
+        return None
+    import torch
+
+    try:
+        return {key: tensor.detach().clone() for key, tensor in held.items()}
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _opened(packed: tpde.Packed) -> tpde.Patch:
+    assert packed.data is not None
+    return tpde.Patch(packed.data)

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from overspill import FormatError, tpde
+from overspill import FormatError, _variants, tpde
 
 DEVICES = [
     "cpu",
@@ -49,8 +49,18 @@ def assert_holds(model: torch.nn.Module, expected: dict[str, torch.Tensor]) -> N
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.fixture(params=[True, False], ids=["room for a second set", "no room"])
+def has_room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way back is packed where the weights lie, or on the host."""
+
+    def copied(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        return {name: tensor.detach().clone() for name, tensor in held.items()} if request.param else None
+
+    monkeypatch.setattr(_variants, "_copied", copied)
+
+
 @pytest.fixture(params=DEVICES)
-def rig(request: pytest.FixtureRequest) -> tuple[torch.nn.Module, dict, dict]:
+def rig(request: pytest.FixtureRequest, has_room: None) -> tuple[torch.nn.Module, dict, dict]:
     """A model, the patches of its variants, and the bits of every state (the base's under None)."""
     model = small_model().to(request.param)
     base = model.state_dict()
