@@ -76,9 +76,11 @@ def part_variants(shape: dict[str, int], link: float) -> None:
     patches, finals = {}, {}
     for name, weights in tuned.items():
         finals[name] = {key: tensor.to("cpu", copy=True) for key, tensor in weights.items()}
-        patches[name] = tpde.pack(on_host, finals[name], codec="gpu")
+        patches[name] = tpde.encode(model, weights)
         say(name, f"{patches[name].packed_bytes / 1e6:.1f} MB, ratio {patches[name].ratio:.1f}")
-    tunes = tpde.variants(model, {name: patch.data for name, patch in patches.items()})
+    begin = time.perf_counter()
+    tunes = tpde.variants(model, {name: patch.data for name, patch in patches.items() if patch.data})
+    added = time.perf_counter() - begin
     del tuned
     raw_bytes = sum(tensor.nbytes for tensor in on_host.values())
     for name in patches:
@@ -111,7 +113,7 @@ def part_variants(shape: dict[str, int], link: float) -> None:
         limit = f"link {link:.1f} GB/s: {1e3 * patches[name].packed_bytes / link / 1e9:.2f} ms packed, {1e3 * moved_bytes / link / 1e9:.1f} ms raw"
         value = 1e3 * median(there[1:]) if right else None
         add(f"tpde_variants.switch_ms.{name}", value, "ms", limit=limit, note=note, **peer)
-    say("both, there and back:", f"{tunes.packed_bytes / 1e6:.1f} MB")
+    say("both, there and back:", f"{tunes.packed_bytes / 1e6:.1f} MB, ways back packed in {added:.2f} s")
 
 
 def copy(source: Tensors, target: Tensors) -> None:
@@ -179,12 +181,12 @@ def part_disk(shape: dict[str, int], link: float, budget_bytes: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parts", default="variants,disk")
-    parser.add_argument("--layers", type=int, default=0, help="instead of each part's own number (8 and 6)")
+    parser.add_argument("--layers", type=int, default=0, help="instead of each part's own number (16 and 4)")
     parser.add_argument("--tiny", action="store_true", help="a few MB, to try the benchmark itself")
     args = parser.parse_args()
     link = link_gbps()
     for part in args.parts.split(","):
-        hidden, layers = {"variants": (HIDDEN_7B, 8), "disk": (HIDDEN_13B, 6)}[part]
+        hidden, layers = {"variants": (HIDDEN_7B, 16), "disk": (HIDDEN_13B, 4)}[part]
         shape = {**(HIDDEN_TINY if args.tiny else hidden), "num_hidden_layers": args.layers or layers}
         if part == "variants":
             part_variants(shape, link)
