@@ -102,9 +102,9 @@ def part_variants(shape: dict[str, int], link: float) -> None:
         note = (
             f"{shape['num_hidden_layers']} layers of Llama-2-7B's shape, bf16, {raw_bytes / 1e9:.2f} GB resident, random "
             f"weights; {name}: {len(changed)} of {len(on_host)} tensors and {100 * share:.2f}% of the words differ, patch {patches[name].packed_bytes / 1e6:.1f} "
-            f"MB; base to variant, bytes of the patch checked and brought up within it; medians of {SWITCHES} after "
-            f"the first, back {1e3 * median(back[1:]):.2f} ms; first switch {1e3 * there[0]:.1f} ms; both ways bit for "
-            f"bit: {right}"
+            f"MB; base to variant, the patch on the device since the first switch, which checked it and brought it up: "
+            f"{1e3 * there[0]:.1f} ms; medians of {SWITCHES - 1}, back {1e3 * median(back[1:]):.2f} ms; both ways bit "
+            f"for bit: {right}; the ways back of both packed in {added:.2f} s"
         )
         peer = {
             "peer": f"the {len(changed)} tensors that differ, from page-locked memory, ms",
