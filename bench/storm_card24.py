@@ -46,6 +46,7 @@ class Case:
     shape: dict[str, int]
     is_lora: bool
     what: str
+    title: str
     methods: dict[int, tuple[str, ...]]
 
 
@@ -54,6 +55,7 @@ CASES = {
         {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
         False,
         "every weight of a 1.5B Llama",
+        "a whole 1.5B Llama",
         {32_768: ("keep-all", *PEERS, "STORM"), 65_536: (*PEERS, "STORM", "STORM + checkpointing")},
     ),
     "lora": Case(
@@ -65,6 +67,7 @@ CASES = {
         },
         True,
         "a LoRA adapter (peft, r = 16, q and v) of an 8B Llama",
+        "LoRA of an 8B Llama",
         {
             16_384: ("keep-all", *PEERS, "STORM", "STORM with codec", "STORM + checkpointing"),
             32_768: (*PEERS, "STORM + checkpointing"),
@@ -231,7 +234,7 @@ def run(name: str, tokens: int, options: argparse.Namespace) -> None:
                 row(f"{goal}.nvml_gb_max", most / GB, "GB", limit="25.77", note=f"of the {method} run")
             )
             marks = [(CARD_BYTES, "24 GiB"), (said["saved"], "what autograd saves")]
-            title = f"{method} in 24 GB: {case.what}, {tokens:,} tokens"
+            title = f"{method} in 24 GB: {case.title}, {tokens:,} tokens"
             write_series(f"storm_24gb_{name}_nvml", {**memory.log(), "marks": marks, "title": title})
         update_results(options.name, rows)
 
