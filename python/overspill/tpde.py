@@ -154,7 +154,7 @@ def encode(
             final_id=final_id,
         )
     kind = "standalone" if start is None else "relative"
-    return Packed(kind, start, end, raw_bytes, packed_bytes, view(memory))
+    return Packed(kind, start, end, raw_bytes, packed_bytes, view(memory)[:packed_bytes])
 
 
 def host_buffer(nbytes: int, device: Any = "cuda") -> memoryview:

@@ -150,3 +150,31 @@ def test_a_patch_that_nobody_holds_gives_its_memory_back() -> None:
     del first, second
     third = tpde.encode(base, final).data
     assert third is not None and bytes(third) == kept
+
+
+@needs_gpu
+def test_a_step_is_read_behind_what_the_current_stream_was_given() -> None:
+    base, final = states("cuda")
+    expected = tpde.encode(base, final)
+    late = {name: torch.zeros_like(tensor) for name, tensor in final.items()}
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(400_000_000)  # some tenths of a second
+        for name, tensor in late.items():
+            tensor.copy_(final[name])
+        packed = tpde.encode(base, late)
+    assert packed.final_id == expected.final_id
+    assert packed.data is not None and packed.data == expected.data
+
+
+@needs_gpu
+def test_a_longer_step_than_the_last_one_moves_to_more_memory() -> None:
+    torch.manual_seed(9)
+    base = {"w": torch.randn(5000, 4096, device="cuda").bfloat16()}
+    for share in (0.0, 0.001, 0.9, 0.2):
+        final = {"w": torch.where(torch.rand(5000, 4096, device="cuda") < share, -base["w"], base["w"])}
+        packed = tpde.encode(base, final)
+        assert packed.data is not None
+        live = {"w": base["w"].clone()}
+        tpde.open(packed.data).apply_(live, base_id=packed.base_id)
+        assert torch.equal(live["w"], final["w"]) and tpde.state_id(live) == packed.final_id

@@ -12,6 +12,7 @@
 
 mod again;
 mod decoder;
+mod landing;
 mod link;
 mod pack;
 pub mod pack_plan;
@@ -23,11 +24,12 @@ mod streamed;
 
 pub use again::{Again, NormPlaces};
 pub use decoder::{Applied, Decoder, DeviceTables, Error, Result};
+pub use landing::HostBuffers;
 pub use link::{LinkCodec, LinkPlaces};
 pub use pack::{Packed, PackedSegment, Packer};
 pub use pack_plan::{PackJob, PackMode};
 pub use plan::{Job, LeftChunk, Plan};
 pub use resident::{DevicePatch, Place};
 pub use state::StateHasher;
-pub use step::{HostBuffers, Resident, StepEncoder};
+pub use step::{Resident, StepEncoder};
 pub use streamed::{Placed, StreamedPatch};

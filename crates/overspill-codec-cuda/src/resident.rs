@@ -136,10 +136,14 @@ impl DevicePatch {
         let device = decoder.device();
         let blob = room_for(device, patch.blob_bytes())?;
         let sent = send(stream, patch, &blob);
-        let checked = sent.and_then(|()| authenticate());
-        let parts = checked.and_then(|()| Parts::load(device, patch));
+        let (parts, checked) = std::thread::scope(|scope| {
+            let parts = scope.spawn(|| Parts::load(device, patch));
+            let checked = sent.and_then(|()| authenticate());
+            (parts.join().expect("tables of a patch that was opened"), checked)
+        });
         // Whatever came of it, nothing is on its way any more when this returns.
         stream.synchronize()?;
+        checked?;
         Ok(DevicePatch { device: Arc::clone(device), parts: parts?, blob })
     }
 

@@ -49,7 +49,7 @@ pub use inspect::{Inspection, TensorReport, inspect, mode_names};
 pub use manifest::{Entry, Manifest};
 pub use overspill_codec::{BaseKind, CodecChoice, Dtype, QuantLayout};
 pub use pack::{PackOptions, PackReport, pack, pack_to_pieces};
-pub use parts::{Coded, Parts};
+pub use parts::{BlobHasher, Coded, LARGE_BLOB_START, Parts};
 pub use state::{SegmentHash, StateId, hash_segment, state_id, state_id_of};
 pub use tensor::{authenticate, decode_tensor, dequantize, quantize};
 pub use verify::{Verification, verify};

@@ -1,18 +1,20 @@
 //! Patches whose words never come here: a device hashes and encodes segments, and this puts the parts together.
 //!
 //! Base and final are [`Checkpoint::elsewhere`]. [`Parts::plan`] says which segments there are; whoever encodes them
-//! says how many bytes their payloads take, brings payloads to [`Parts::blob_start`] of the patch's own memory, and
-//! shows them in order ([`Parts::add_blob`]) as they land. The patch is the same, byte for byte, as [`crate::pack`]
+//! hashes payloads in order as they land ([`BlobHasher`]), and says at last how many bytes they take; they stand at
+//! [`Parts::blob_start`] of the patch. The patch is the same, byte for byte, as [`crate::pack`]
 //! makes of equal segments, but for the manifest's compression: here it is made while a trainer waits.
 
 use overspill_codec::{BaseKind, PatchKind, SegmentSpec, segments};
 
 use crate::checkpoint::{Checkpoint, Kind};
-use crate::container::{PatchHasher, PatchType, aligned, patch_header};
+use crate::container::{ALIGN_BYTES, PatchHasher, PatchType, aligned, patch_header};
 use crate::pack::{PackReport, counterpart, describe};
 use crate::state::StateId;
 use crate::{Error, Result};
 
+/// Where payloads start in a patch that has many of them: most likely [`Parts::blob_start`], before that is known.
+pub const LARGE_BLOB_START: usize = ALIGN_BYTES;
 /// Level for the manifest: of a few hundred tensors level 19 takes milliseconds.
 const ZSTD_LEVEL: i32 = 3;
 
@@ -36,7 +38,22 @@ pub struct Parts {
     header_bytes: usize,
     /// Index, heads, manifest.
     tables: [Vec<u8>; 3],
-    hasher: PatchHasher,
+}
+
+/// The hash of a patch's payloads so far.
+pub struct BlobHasher(PatchHasher);
+
+impl BlobHasher {
+    /// Of none.
+    #[expect(clippy::new_without_default, reason = "a hash under way is no value to default to")]
+    pub fn new() -> Self {
+        BlobHasher(PatchHasher::new())
+    }
+
+    /// The next payloads, on all cores.
+    pub fn add(&mut self, piece: &[u8]) {
+        self.0.add_blob(piece);
+    }
 }
 
 impl Parts {
@@ -89,7 +106,6 @@ impl Parts {
             used_bytes,
             header_bytes: 0,
             tables: [index, heads, manifest],
-            hasher: PatchHasher::new(),
         };
         // Any hash takes as many bytes.
         parts.header_bytes = parts.header(final_id).len();
@@ -108,25 +124,18 @@ impl Parts {
     }
 
     /// Bytes of the whole patch.
-    pub fn total_bytes(&self) -> usize {
+    fn total_bytes(&self) -> usize {
         let tables: usize = self.tables.iter().map(Vec::len).sum();
         self.header_bytes + aligned(self.used_bytes).1 as usize + tables
     }
 
-    /// The next payloads, which have landed; hashed on all cores.
-    pub fn add_blob(&mut self, piece: &[u8]) {
-        self.hasher.add_blob(piece);
-    }
-
-    /// What stands in front of the payloads, what stands behind them, and what was packed. All payloads must have been
-    /// added.
-    pub fn finish(mut self) -> ([Vec<u8>; 2], PackReport) {
+    /// What stands in front of the payloads, what stands behind them, and what was packed; `hasher` has had them all.
+    pub fn finish(self, mut hasher: BlobHasher) -> ([Vec<u8>; 2], PackReport) {
         let padding = (aligned(self.used_bytes).1 - self.used_bytes) as usize;
         let mut behind = vec![0; padding];
-        self.hasher.add_blob(&behind);
-        let hasher = std::mem::replace(&mut self.hasher, PatchHasher::new());
+        hasher.add(&behind);
         let [index, heads, manifest] = &self.tables;
-        let hash = hasher.finish(index, heads, manifest, self.kind, self.final_id);
+        let hash = hasher.0.finish(index, heads, manifest, self.kind, self.final_id);
         let front = self.header(hash);
         self.tables.iter().for_each(|table| behind.extend_from_slice(table));
         let packed_bytes = self.total_bytes() as u64;

@@ -5,8 +5,9 @@ mod common;
 use common::{State, applied, checkpoint, pair, quiet};
 use overspill_codec::{Base, EncodeOptions, EncodedSegment, encode_segment, segments};
 use overspill_tpde::{
-    BaseKind, Checkpoint, CodecChoice, Coded, Error, Kind, Options, PackOptions, Parts, Patch, SegmentHash,
-    StateId, hash_segment, pack_to_pieces, state_id, state_id_of,
+    BaseKind, BlobHasher, Checkpoint, CodecChoice, Coded, Error, Kind, LARGE_BLOB_START, Options,
+    PackOptions, Parts, Patch, SegmentHash, StateId, authenticate, hash_segment, pack_to_pieces, state_id,
+    state_id_of,
 };
 
 /// The state as a device has it: all but the bytes.
@@ -62,14 +63,16 @@ fn assembled(base: Option<&State>, last: &State) -> Vec<u8> {
         changed[coded.tensor] += segment.stats.changed;
     }
     let from = old.as_ref().zip(base.map(id_of));
-    let mut parts =
+    let parts =
         Parts::new(from, (&new, id_of(last)), &changed, index, heads, blob.len() as u64).expect("starts");
-    let (start, total) = (parts.blob_start(), parts.total_bytes());
-    blob.chunks(3 << 10).for_each(|piece| parts.add_blob(piece));
-    let ([front, behind], report) = parts.finish();
+    let start = parts.blob_start();
+    assert!(blob.len() < 1 << 20 || start == LARGE_BLOB_START);
+    let mut hasher = BlobHasher::new();
+    blob.chunks(3 << 10).for_each(|piece| hasher.add(piece));
+    let ([front, behind], report) = parts.finish(hasher);
     assert_eq!(front.len(), start);
     let patch = [front, blob, behind].concat();
-    assert_eq!((patch.len(), patch.len() as u64), (total, report.packed_bytes));
+    assert_eq!(patch.len() as u64, report.packed_bytes);
     patch
 }
 
@@ -87,6 +90,7 @@ fn parts_make_the_patch_that_packing_makes() {
             let expected = pieces.concat();
             let [ours, theirs] =
                 [&made, &expected].map(|patch| Patch::from_bytes("patch", patch).expect("opens"));
+            authenticate(&ours, &Options::default()).expect("its own hash");
             assert_eq!((ours.kind(), ours.final_id()), (theirs.kind(), theirs.final_id()), "seed {seed}");
             assert_eq!(ours.manifest(), theirs.manifest());
             assert!(
