@@ -7,7 +7,8 @@ in [-1, 1], as Adam's first steps do. The trainer encodes on the GPU from the bf
 keeps there; the patch lies in page-locked host memory, where the worker's side opens, authenticates and applies it. That memory
 stands for the way between two processes of one host; nothing else is sent. The broadcast goes the same way, all weights
 down and up through page-locked memory, once tensor after tensor and once with both directions at the same time; the faster
-one is the peer. Afterwards the worker's state is hashed on the GPU and every weight is compared. Writes
+one is the peer. GPUs that reach each other over NVLink copy faster than that: ``pays_below_gbps`` is the rate of a link
+below which patches win. Afterwards the worker's state is hashed on the GPU and every weight is compared. Writes
 ``bench/results/tpde_sync.json``.
 """
 
@@ -182,8 +183,11 @@ def measure(lr: float, masters: State, pair: Pair, layers: int, steps: int) -> N
         row(f"tpde_sync.end_to_end_ms.lr{lr:g}", end_to_end_ms, "ms", limit=limit, note=note, **whole)
     )
     ROWS.append(row(f"tpde_sync.bytes.lr{lr:g}", packed.packed_bytes, "B", note=note, **sent))
+    # Both ends' work, over a link of this rate, takes as long as sending everything over it.
+    pays_below = (raw_bytes - packed.packed_bytes) / 1e6 / end_to_end_ms if end_to_end_ms else None
+    ROWS.append(row(f"tpde_sync.pays_below_gbps.lr{lr:g}", pays_below, "GB/s", note=note))
     ROWS.append(row(f"tpde_sync.hash_ms.lr{lr:g}", pair.hash_ms, "ms", note=note))
-    print(*ROWS[-4:], sep="\n", flush=True)
+    print(*ROWS[-5:], sep="\n", flush=True)
     write_results("tpde_sync", ROWS)
 
 

@@ -61,14 +61,14 @@ pub(crate) struct Landing<'a> {
 }
 
 impl<'a> Landing<'a> {
-    /// With room for a patch of `guess` bytes; a longer one moves once.
+    /// With room for `guess` bytes of payloads; if they are more, they move.
     pub fn new(
         device: &'a Arc<CudaDevice>,
         copier: &'a StreamRef,
         buffers: &'a HostBuffers,
         guess: usize,
     ) -> Result<Self> {
-        let extent = buffers.take(device, guess)?;
+        let extent = buffers.take(device, LARGE_BLOB_START + guess)?;
         let (at, hasher) = (LARGE_BLOB_START, BlobHasher::new());
         Ok(Landing { device, copier, buffers, extent, at, hasher, runs: Vec::new(), sources: Vec::new() })
     }

@@ -29,9 +29,9 @@ use crate::state::StateHasher;
 /// Lanes that take rounds in turn.
 const LANES: usize = 2;
 /// Rounds that a large state is packed in: enough to keep two lanes apart, few enough to fill the device.
-const ROUNDS: usize = 8;
-/// Fewest words of a round.
-const ROUND_WORDS: usize = 1 << 26;
+const ROUNDS: usize = 4;
+/// Fewest words of a round: chunks of 2^17 words, a warp each, fill a large GPU twice.
+const ROUND_WORDS: usize = 1 << 30;
 /// What a first patch takes, as a part of its words' bytes: twice a step of lr 1e-6.
 const FIRST_PART: usize = 50;
 
@@ -110,7 +110,7 @@ impl StepEncoder {
             own.wait(&ready)?;
         }
         let guess = match self.last_bytes.load(Ordering::Relaxed) {
-            0 => LARGE_BLOB_START + last.tensors.total_bytes() as usize / FIRST_PART,
+            0 => last.tensors.total_bytes() as usize / FIRST_PART,
             bytes => bytes + bytes / 8,
         };
         let mut made = Made::new(last.tensors.tensors().len());
@@ -314,7 +314,7 @@ mod tests {
         let many = of_words(&[1 << 24; 401]);
         let found = rounds(&many);
         assert_eq!(found.len(), ROUNDS);
-        assert_eq!(found.first().map(|first| first.len()), Some(51));
+        assert_eq!(found.first().map(|first| first.len()), Some(101));
         let all: Vec<usize> = found.into_iter().flatten().collect();
         assert_eq!(all, (0..401).collect::<Vec<_>>());
     }
