@@ -246,7 +246,7 @@ impl HostMemory {
     fn of_patches(py: Python<'_>, ordinal: usize, bytes: usize) -> PyResult<Self> {
         let made = py.detach(|| {
             let opened = opened(ordinal)?;
-            opened.buffers.take(&opened.device, bytes)
+            opened.buffers.take(&*opened.device, bytes)
         });
         made.map(HostMemory).map_err(|error| error_of(py, &error))
     }

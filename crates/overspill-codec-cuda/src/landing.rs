@@ -1,9 +1,8 @@
 //! Where patches come down: page-locked memory that is used again and again, filled piece by piece and hashed as it fills.
 #![expect(unsafe_code, reason = "reads memory that copies have filled")]
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
-use overspill_device::cuda::CudaDevice;
 use overspill_device::{Device, DeviceRange, Direction, EventRef, HostExtent, HostSlab, RawCopy, StreamRef};
 use overspill_tpde::{BlobHasher, LARGE_BLOB_START};
 
@@ -26,7 +25,7 @@ impl HostBuffers {
     ///
     /// # Errors
     /// No memory.
-    pub fn take(&self, device: &CudaDevice, bytes: usize) -> Result<HostExtent> {
+    pub fn take(&self, device: &dyn Device, bytes: usize) -> Result<HostExtent> {
         let mut slabs = self.slabs.lock().unwrap_or_else(PoisonError::into_inner);
         let fits = slabs.iter().filter(|slab| slab.bytes() >= bytes);
         if let Some(extent) = fits.filter_map(|slab| slab.claim(0..bytes).ok()).next() {
@@ -49,7 +48,7 @@ enum Run {
 
 /// A patch's payloads on their way down, from [`LARGE_BLOB_START`] of an extent on.
 pub(crate) struct Landing<'a> {
-    device: &'a Arc<CudaDevice>,
+    device: &'a dyn Device,
     copier: &'a StreamRef,
     buffers: &'a HostBuffers,
     extent: HostExtent,
@@ -63,7 +62,7 @@ pub(crate) struct Landing<'a> {
 impl<'a> Landing<'a> {
     /// With room for `guess` bytes of payloads; if they are more, they move.
     pub fn new(
-        device: &'a Arc<CudaDevice>,
+        device: &'a dyn Device,
         copier: &'a StreamRef,
         buffers: &'a HostBuffers,
         guess: usize,
@@ -165,5 +164,90 @@ impl Run {
             Run::Device { bytes, .. } => *bytes,
             Run::Host(payloads) => payloads.len() as u64,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use overspill_device::sim::{Planted, SimConfig, SimDevice};
+    use overspill_tpde::{Checkpoint, Parts, StateId};
+
+    use super::*;
+
+    /// The header of a patch of these payloads, which holds their hash.
+    fn header(hasher: BlobHasher, used_bytes: usize) -> Vec<u8> {
+        let none = Checkpoint::elsewhere("none", Vec::new()).expect("a state");
+        let last = (&none, StateId([0; 16]));
+        let parts = Parts::new(None, last, &[], Vec::new(), Vec::new(), used_bytes as u64).expect("a patch");
+        let ([front, _], _) = parts.finish(hasher);
+        front
+    }
+
+    /// Lands rounds of runs, some of them from the host, on a schedule of the simulation's own: whether they are there, and
+    /// were when they were hashed.
+    fn land(seed: u64, guess: usize, planted: Planted) -> bool {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let device = SimDevice::seeded(SimConfig { seed, planted, ..SimConfig::default() });
+        let (copier, buffers) = (device.new_stream("down").expect("stream"), HostBuffers::default());
+        let mut landing = Landing::new(&*device, &copier, &buffers, guess).expect("room");
+        let mut expected = Vec::new();
+        for _ in 0..rng.usize(1..5) {
+            let source = device.alloc_device(40_000).expect("memory");
+            let bytes: Vec<u8> = (0..source.bytes()).map(|_| rng.u8(..)).collect();
+            device.write(&source, &bytes);
+            let mut at = 0;
+            for _ in 0..rng.usize(0..6) {
+                let length = rng.usize(0..9000);
+                match rng.u8(..3) {
+                    0 => {
+                        let own: Vec<u8> = (0..length).map(|_| rng.u8(..)).collect();
+                        expected.extend_from_slice(&own);
+                        landing.add_from_host(own);
+                    }
+                    _ if at + length <= bytes.len() => {
+                        expected.extend_from_slice(&bytes[at..at + length]);
+                        landing.add(at as u64, length as u64);
+                        // Sometimes with a hole, as where a segment was left to the host.
+                        at += length + rng.usize(0..2) * 64;
+                    }
+                    _ => {}
+                }
+            }
+            landing.bring(&source).expect("comes down");
+        }
+        copier.synchronize().expect("idle");
+        let (extent, used_bytes, hasher) = landing.finish();
+        let all = extent.as_slice().expect("settled");
+        let is_there = all[LARGE_BLOB_START..][..used_bytes] == expected;
+        let mut whole = BlobHasher::new();
+        whole.add(&expected);
+        is_there && header(hasher, used_bytes) == header(whole, used_bytes)
+    }
+
+    #[test]
+    fn payloads_land_in_order_whatever_room_was_guessed() {
+        for seed in 0..60 {
+            for guess in [0, 1000, 1 << 20] {
+                assert!(land(seed, guess, Planted::default()), "seed {seed}, guess {guess}");
+            }
+        }
+        let is_noticed = (0..60).any(|seed| !land(seed, 1 << 20, Planted::EventsPassEarly));
+        assert!(is_noticed, "a piece that was hashed before it landed went unnoticed");
+    }
+
+    #[test]
+    fn memory_is_used_again_when_nobody_holds_it() {
+        let device = SimDevice::threads();
+        let buffers = HostBuffers::default();
+        let first = buffers.take(&*device, 5000).expect("memory");
+        let second = buffers.take(&*device, 5000).expect("memory");
+        assert_ne!(first.addr(), second.addr());
+        let addr = first.addr();
+        drop(first);
+        let third = buffers.take(&*device, 4000).expect("memory");
+        assert_eq!(third.addr(), addr);
+        drop((second, third));
+        let large = buffers.take(&*device, 9 << 20).expect("memory");
+        assert_eq!((large.bytes(), buffers.slabs.lock().expect("slabs").len()), (9 << 20, 1));
     }
 }

@@ -114,7 +114,7 @@ impl StepEncoder {
             bytes => bytes + bytes / 8,
         };
         let mut made = Made::new(last.tensors.tensors().len());
-        let mut landing = Landing::new(&self.device, &self.copier, buffers, guess)?;
+        let mut landing = Landing::new(&*self.device, &self.copier, buffers, guess)?;
         let ids = std::thread::scope(|scope| {
             let (sender, receiver) = mpsc::channel();
             for (number, lane) in self.lanes.iter().enumerate() {
@@ -212,7 +212,7 @@ impl StepEncoder {
         let ([front, behind], report) = parts.finish(blob_hash);
         let payloads = LARGE_BLOB_START..LARGE_BLOB_START + used_bytes;
         if extent.bytes() < report.packed_bytes as usize {
-            let mut larger = buffers.take(&self.device, report.packed_bytes as usize)?;
+            let mut larger = buffers.take(&*self.device, report.packed_bytes as usize)?;
             larger.as_mut_slice()?[start..start + used_bytes].copy_from_slice(&extent.as_slice()?[payloads]);
             extent = larger;
         } else if start != payloads.start {
