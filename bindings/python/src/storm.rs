@@ -46,7 +46,6 @@ impl Planner {
     /// most `host_bytes` where there is another choice.
     #[new]
     #[pyo3(signature = (*, budget_bytes, fixed_bytes, lookahead_bytes, slack_bytes, host_bytes, offload_gbps, onboard_gbps))]
-    #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python constructor")]
     fn new(
         budget_bytes: u64,
         fixed_bytes: u64,
