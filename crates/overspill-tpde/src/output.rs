@@ -1,6 +1,7 @@
 //! Outputs that appear whole or not at all: written beside their target, flushed, then renamed.
 
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -27,6 +28,12 @@ fn sync_folder(target: &Path) -> Result<()> {
     File::open(folder).and_then(|dir| dir.sync_all()).map_err(Error::io(folder, "flush"))
 }
 
+/// The system's answer alone: `tempfile` puts a path behind it that nobody chose, and no way around its text.
+fn system_error(error: io::Error) -> io::Error {
+    let text = error.to_string();
+    io::Error::new(error.kind(), text.split(" at path ").next().unwrap_or_default().to_owned())
+}
+
 impl OutputFile {
     pub fn create(target: &Path) -> Result<Self> {
         if target.is_dir() {
@@ -37,6 +44,7 @@ impl OutputFile {
             .suffix(".part")
             .permissions(std::fs::Permissions::from_mode(0o666))
             .tempfile_in(folder_of(target))
+            .map_err(system_error)
             .map_err(Error::io(target, "create a file beside"))?;
         Ok(OutputFile { temp, target: target.to_owned() })
     }
@@ -73,6 +81,7 @@ impl OutputFolder {
             .prefix(".overspill-")
             .permissions(std::fs::Permissions::from_mode(0o777))
             .tempdir_in(folder_of(target))
+            .map_err(system_error)
             .map_err(Error::io(target, "create a folder beside"))?;
         Ok(OutputFolder { temp, target: target.to_owned() })
     }

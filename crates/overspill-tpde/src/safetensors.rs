@@ -76,13 +76,18 @@ impl<'de> Deserialize<'de> for RawHeader {
 /// Reads and checks the header of `store`, which becomes store number `store_index`.
 pub(crate) fn read_header(store: &Store<'_>, store_index: usize) -> Result<Header> {
     let path = store.path();
+    if store.len_bytes() < 8 {
+        return Err(Error::format(path, "too short for a safetensors file"));
+    }
     let length = store.read_vec(0, 8)?;
     let header_bytes = length.first_chunk::<8>().map_or(0, |bytes| u64::from_le_bytes(*bytes));
     if header_bytes > MAX_HEADER_BYTES || header_bytes > store.len_bytes() - 8 {
         return Err(Error::at(
             path,
             0,
-            format!("header of {header_bytes} bytes: beyond the file or the limit"),
+            format!(
+                "a header of {header_bytes} bytes, beyond the file or the limit: cut off, or not a safetensors file"
+            ),
         ));
     }
     let text = store.read_vec(8, header_bytes as usize)?;
