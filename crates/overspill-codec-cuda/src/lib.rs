@@ -16,6 +16,8 @@ mod landing;
 mod link;
 mod pack;
 pub mod pack_plan;
+mod pack_planes;
+mod pack_round;
 pub mod plan;
 mod resident;
 pub mod state;

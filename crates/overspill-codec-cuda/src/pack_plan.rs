@@ -2,8 +2,9 @@
 //! and for the tests' emulation.
 
 use overspill_codec::{
-    BaseKind, COUNT_GRAIN_WORDS, ChunkRecord, FlatSegment, FlatTables, PatchKind, RECORD_BYTES,
-    SegmentCounts, SegmentSpec, flags_head, key_field, sampled_one_in, sparse_head,
+    BaseKind, COUNT_GRAIN_WORDS, ChunkRecord, FlatSegment, FlatTables, PatchKind, PlaneCounts, RECORD_BYTES,
+    SegmentCounts, SegmentSpec, ZSTD_PROBE_WORDS, flags_head, key_field, planes_head, sampled_one_in,
+    sparse_head,
 };
 
 use crate::decoder::Result;
@@ -35,7 +36,7 @@ pub enum PackMode {
 
 impl PackMode {
     /// Chunks that a block packs.
-    fn chunks_a_block(self) -> u32 {
+    pub fn chunks_a_block(self) -> u32 {
         match self {
             PackMode::Sparse => 1,
             PackMode::Flags => THREADS / 32,
@@ -63,10 +64,15 @@ pub struct PackJob {
 }
 
 impl PackJob {
-    /// Whether kernels can pack it: steps from words of at most 32 bits.
+    /// Whether kernels can pack its steps: from words of at most 32 bits.
     pub fn is_for_kernels(&self) -> bool {
         let SegmentSpec { base, kind, words, dtype, .. } = self.spec;
         base == BaseKind::Words && kind == PatchKind::Relative && words > 0 && dtype.word_bytes() <= 4
+    }
+
+    /// Whether kernels can pack its planes: of words of at most 32 bits without a base.
+    pub fn is_for_planes(&self) -> bool {
+        self.spec.base == BaseKind::None && self.spec.words > 0 && self.spec.dtype.word_bytes() <= 4
     }
 
     fn grains(&self) -> usize {
@@ -145,9 +151,29 @@ impl CountPlan {
     }
 }
 
+/// 32-bit words in which the planes of a segment of words of so many bytes are counted: all of them, then the sample.
+pub fn plane_cells(word_bytes: usize) -> usize {
+    2 * 256 * word_bytes
+}
+
+/// Bytes of the words that the host looks at of a segment without a base.
+pub fn probe_bytes(word_bytes: usize) -> usize {
+    ZSTD_PROBE_WORDS * word_bytes
+}
+
+/// The head of a segment without a base: of no chunks if all words are zeros, `None` if it is the host's.
+pub fn head_of_planes(job: &PackJob, grains: &[u32], cells: &[u32], probe: &[u8]) -> Option<Vec<u8>> {
+    if grains.iter().all(|&changed| changed == 0) {
+        return Some(vec![0]);
+    }
+    let (bytes, sample) = cells.split_at(cells.len() / 2);
+    planes_head(&PlaneCounts { grains, bytes, sample, probe }, &job.spec)
+}
+
 /// The chunks to pack of segments whose heads are known.
 #[derive(Debug)]
 pub struct ChunkPlan {
+    chunks_a_block: u32,
     /// The kernels' list.
     pub segments: Vec<u8>,
     /// How many segments are in it.
@@ -161,35 +187,39 @@ pub struct ChunkPlan {
 }
 
 impl ChunkPlan {
-    /// Plans the segments that have a head with chunks; `grains` is where the kernels counted changes.
+    /// No segments yet; a block packs so many chunks.
+    pub fn new(chunks_a_block: u32) -> Self {
+        let (segments, tables) = (Vec::new(), FlatTables::new());
+        ChunkPlan { chunks_a_block, segments, count: 0, blocks: 0, tables, chunks: vec![0] }
+    }
+
+    /// Plans more segments, those that have a head with chunks; `grains` is where the kernels counted their changes.
     ///
     /// # Errors
     /// None that heads of [`CountPlan::head`] can cause.
-    pub fn new(
+    pub fn add(
+        &mut self,
         jobs: &[PackJob],
-        mode: PackMode,
         heads: &[Option<Vec<u8>>],
         counts: &CountPlan,
         grains: u64,
-    ) -> Result<Self> {
-        let (segments, tables) = (Vec::new(), FlatTables::new());
-        let mut plan = ChunkPlan { segments, count: 0, blocks: 0, tables, chunks: vec![0] };
+    ) -> Result<()> {
         for (number, (job, head)) in jobs.iter().zip(heads).enumerate() {
-            let at = plan.chunks[number];
+            let at = self.chunk_count();
             let Some(head) = head.as_ref().filter(|head| head[0] != 0) else {
-                plan.chunks.push(at);
+                self.chunks.push(at);
                 continue;
             };
             let records = job.spec.words.div_ceil(1 << (head[0] & 31)) * RECORD_BYTES;
-            let flat = plan.tables.take(job.spec, &mut &head[..], &mut &vec![0; records][..])?;
+            let flat = self.tables.take(job.spec, &mut &head[..], &mut &vec![0; records][..])?;
             let blob = grains + 4 * counts.grains[number] as u64;
             let places = Job { segment: &flat, base: job.base, out: job.last, blob, index: 0 };
-            put_segment(&mut plan.segments, &places, plan.blocks, at, false, 0);
-            plan.count += 1;
-            plan.blocks += flat.chunks.div_ceil(mode.chunks_a_block());
-            plan.chunks.push(at + flat.chunks);
+            put_segment(&mut self.segments, &places, self.blocks, at, false, 0);
+            self.count += 1;
+            self.blocks += flat.chunks.div_ceil(self.chunks_a_block);
+            self.chunks.push(at + flat.chunks);
         }
-        Ok(plan)
+        Ok(())
     }
 
     /// Chunks of all segments.

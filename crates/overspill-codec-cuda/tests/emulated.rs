@@ -16,6 +16,7 @@ use overspill_codec::{
 };
 use overspill_codec_cuda::pack_plan::{
     CELLS, COUNT_THREADS, ChunkPlan, CountPlan, LIST_WORDS, LISTED, OUTCOME_WORDS, PACK_BYTES,
+    head_of_planes, plane_cells, probe_bytes,
 };
 use overspill_codec_cuda::plan::{Family, Job, Places, Plan, THREADS, USUAL_SPARSE_BYTES};
 use overspill_codec_cuda::state::{self, Span};
@@ -457,8 +458,8 @@ fn pack(library: &Library, case: &Case, mode: PackMode, capacity_bytes: u32) -> 
     launch(library, "tpde_list", [1, COUNT_THREADS], &args);
     let head = counts.head(0, &job, mode, &list, &grains)?;
     let grains_at = grains.as_ptr() as u64;
-    let plan =
-        ChunkPlan::new(&[job], mode, &[Some(head.clone())], &counts, grains_at).expect("the head parses");
+    let mut plan = ChunkPlan::new(mode.chunks_a_block());
+    plan.add(&[job], &[Some(head.clone())], &counts, grains_at).expect("the head parses");
     let chunks = plan.chunk_count() as usize;
     let (mut outcomes, mut status) = (vec![0u32; OUTCOME_WORDS * chunks], [0u32; 4]);
     let (mut bitmap, mut cursor) = (vec![0u32; chunks.div_ceil(32)], [0u32]);
@@ -501,6 +502,120 @@ fn pack(library: &Library, case: &Case, mode: PackMode, capacity_bytes: u32) -> 
     launch(library, "tpde_gather", [chunks.div_ceil(8).max(1) as u32, COUNT_THREADS], &args);
     blob.truncate(records.last().map_or(0, |record| record.end_bytes as usize));
     Some([head, records.iter().flat_map(|record| record.to_bytes()).collect(), blob])
+}
+
+/// As [`pack`] for a case without a base.
+fn pack_planes(library: &Library, case: &Case) -> Option<[Vec<u8>; 3]> {
+    let mut last: Vec<u128> = vec![0; case.last.len() / 16 + 2];
+    // Off by a word where the label says so.
+    let width = case.spec.dtype.word_bytes();
+    let shift = if case.label.len().is_multiple_of(2) { 0 } else { width };
+    let bytes: Vec<u8> = [&vec![0xee; shift], &case.last[..]].concat();
+    for (word, bytes) in last.iter_mut().zip(bytes.chunks(16)) {
+        let mut padded = [0xee; 16];
+        padded[..bytes.len()].copy_from_slice(bytes);
+        *word = u128::from_le_bytes(padded);
+    }
+    let job = PackJob { spec: case.spec, base: 0, last: last.as_ptr() as u64 + shift as u64 };
+    if !job.is_for_planes() {
+        return None;
+    }
+    let bits = 8 * width;
+    let list_of = |bytes: &[u8]| -> Vec<u64> {
+        bytes.as_chunks::<8>().0.iter().map(|&b| u64::from_le_bytes(b)).collect()
+    };
+    let counts = CountPlan::new(&[job]);
+    let segments = list_of(&counts.segments);
+    let mut grains = vec![0u32; counts.grain_count()];
+    let (mut cells, mut probe) = (vec![0u32; plane_cells(width)], vec![0u64; probe_bytes(width) / 8]);
+    let at = |words: &mut [u32]| Arg::U64(words.as_mut_ptr() as u64);
+    let segments_at = Arg::U64(segments.as_ptr() as u64);
+    let args = [segments_at, Arg::U32(1), at(&mut grains), at(&mut cells)];
+    launch(library, &format!("tpde_count_planes_{bits}"), [grains.len() as u32, COUNT_THREADS], &args);
+    let args = [segments_at, at(&mut grains), Arg::U64(probe.as_mut_ptr() as u64)];
+    launch(library, &format!("tpde_probe_{bits}"), [1, COUNT_THREADS], &args);
+    let probe: Vec<u8> = probe.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let head = head_of_planes(&job, &grains, &cells, &probe)?;
+    let mut plan = ChunkPlan::new(THREADS / 32);
+    plan.add(&[job], &[Some(head.clone())], &counts, grains.as_ptr() as u64).expect("the head parses");
+    let chunks = plan.chunk_count() as usize;
+    let (mut outcomes, mut status) = (vec![0u32; OUTCOME_WORDS * chunks], [0u32; 4]);
+    let (mut bitmap, mut places) = (vec![0u32; chunks.div_ceil(32)], vec![0u64; chunks]);
+    let mut blob = vec![0xeeu8; case.last.len() + 4096];
+    let segments = list_of(&plan.segments);
+    let mut run = |kernel: &str, outcomes: &mut [u32], bitmap: &mut [u32], places: &[u64]| {
+        let args = [
+            Arg::U64(segments.as_ptr() as u64),
+            Arg::U32(plan.count),
+            Arg::U64(plan.tables.words().as_ptr() as u64),
+            at(outcomes),
+            Arg::U64(places.as_ptr() as u64),
+            // The blob starts anywhere.
+            Arg::U64(blob.as_mut_ptr() as u64 + 3),
+            at(&mut status),
+            at(bitmap),
+        ];
+        if chunks > 0 {
+            launch(library, &format!("tpde_{kernel}_planes_{bits}"), [plan.blocks, THREADS], &args);
+        }
+    };
+    run("size", &mut outcomes, &mut bitmap, &places);
+    if plan.is_left(0, &bitmap) {
+        return None;
+    }
+    places.clear();
+    plan.records(0, &outcomes, 0, &mut places);
+    run("encode", &mut outcomes, &mut bitmap, &places);
+    let records = plan.records(0, &outcomes, 0, &mut places);
+    let end = 3 + records.last().map_or(0, |record| record.end_bytes as usize);
+    assert!(blob[..3] == [0xee; 3] && blob[end..].iter().all(|&byte| byte == 0xee), "{}", case.label);
+    Some([head, records.iter().flat_map(|record| record.to_bytes()).collect(), blob[3..end].to_vec()])
+}
+
+#[test]
+fn words_without_a_base_are_packed_as_the_reference_packs_them() {
+    let Some(emulator) = encode_emulator() else { return };
+    let library = emulator.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut packed = 0;
+    for (seed, dtype, words) in [
+        (1, Dtype::Bf16, 150_000),
+        (2, Dtype::Bf16, 40_001),
+        (3, Dtype::F32, 70_000),
+        (4, Dtype::F8E4M3, 100_003),
+        (5, Dtype::F16, 5_000),
+        (6, Dtype::U8, 33_000),
+        (7, Dtype::I32, 32_768),
+        (8, Dtype::Bf16, 4_096),
+        (9, Dtype::Bf16, 90_000),
+    ] {
+        let (_, new) = training_step(seed, 1e-6, words * dtype.word_bytes() / 2 + 1);
+        let mut new = new[..words * dtype.word_bytes()].to_vec();
+        if seed == 9 {
+            // A chunk of zeros in front, and one that repeats itself behind.
+            new[..2 << 15].fill(0);
+        }
+        for with_zeros in [false, true] {
+            let case = Case::encode(
+                format!("{seed}{}", if with_zeros { " zeros" } else { "" }),
+                Base::None,
+                new.clone(),
+                dtype,
+                &EncodeOptions::default(),
+            );
+            if let Some(made) = pack_planes(&library, &case) {
+                assert!(
+                    packed_as_reference(&case, &made),
+                    "{}: other bytes than the reference's",
+                    case.label
+                );
+                packed += 1;
+            }
+            let tenth = new.len() / 10;
+            new[tenth..3 * tenth].fill(0);
+        }
+    }
+    eprintln!("{packed} packed by kernels");
+    assert!(packed >= 8, "{packed} packed");
 }
 
 #[test]

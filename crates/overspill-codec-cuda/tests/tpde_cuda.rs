@@ -128,7 +128,9 @@ fn pack_all(rig: &Rig, cases: &[Case], mode: PackMode) -> (usize, usize) {
         let start = segment.blob_start as usize;
         let index = segment.records.iter().flat_map(|record| record.to_bytes()).collect();
         let bytes = blob[start..start + segment.blob_bytes() as usize].to_vec();
-        packed_as_reference(case, &[segment.head.clone(), index, bytes])
+        let is_same = packed_as_reference(case, &[segment.head.clone(), index, bytes]);
+        assert!(is_same || case.spec.base != BaseKind::None, "{}: other bytes", case.label);
+        is_same
     });
     (made.len(), same.count())
 }

@@ -1,9 +1,12 @@
 //! The head of a segment from counts that were taken elsewhere: on a GPU, which then codes the chunks itself.
 //!
-//! Only segments that are sparse throughout: the reference encoder's head for them but for what it finds by looking
+//! Segments without a base: what mode W needs. Others only if they are sparse throughout: the reference encoder's head for them but for what it finds by looking
 //! at the changes once more (clustered classes), and none where it would use rows as context or another mode.
 
 use crate::classes::KeyMap;
+use crate::encode::{ZSTD_PROBE_WORDS, may_try_zstd};
+use crate::head::HeadPlan;
+use crate::planes;
 use crate::segment::{BaseKind, PatchKind, SegmentSpec};
 use crate::survey::{self, GRAIN_LOG2, SAMPLE_ABOVE_WORDS, SAMPLE_STRIDE, Survey};
 
@@ -56,4 +59,38 @@ pub fn flags_head(counts: &SegmentCounts, spec: &SegmentSpec) -> Option<Vec<u8>>
 pub fn key_field(spec: &SegmentSpec) -> (u32, u32) {
     let keys = KeyMap::new(spec.dtype, true);
     (keys.shift, keys.mask.into())
+}
+
+/// What the first look at a segment without a base counts.
+#[derive(Debug, Clone)]
+pub struct PlaneCounts<'a> {
+    /// Words of every [`COUNT_GRAIN_WORDS`] that are not zero.
+    pub grains: &'a [u32],
+    /// How often each byte occurs, 256 of every plane; a float's word is rotated left by one, and its plane 0 is on top.
+    pub bytes: &'a [u32],
+    /// The same of the first of every sixteen runs of 1,024 words.
+    pub sample: &'a [u32],
+    /// The first [`ZSTD_PROBE_WORDS`] words of the first grain that is not all zeros; fewer if that is shorter.
+    pub probe: &'a [u8],
+}
+
+/// The head of a segment without a base whose chunks are all of mode W (or Z); `None` for others, and where the
+/// reference encoder would try something else on a chunk.
+pub fn planes_head(counts: &PlaneCounts<'_>, spec: &SegmentSpec) -> Option<Vec<u8>> {
+    let word_bytes = spec.dtype.word_bytes();
+    let changed: u64 = counts.grains.iter().map(|&count| u64::from(count)).sum();
+    if spec.base != BaseKind::None || !survey::is_dense(changed, spec.words) {
+        return None;
+    }
+    let first = counts.grains.iter().position(|&changed| changed > 0)?;
+    let chunk_words = (spec.words - (first << GRAIN_LOG2)).min(COUNT_GRAIN_WORDS);
+    if chunk_words <= ZSTD_PROBE_WORDS || may_try_zstd(counts.probe, word_bytes) {
+        return None;
+    }
+    let count = |plane: usize, is_sample: bool| {
+        let cells = if is_sample { counts.sample } else { counts.bytes };
+        std::array::from_fn(|byte| u64::from(cells[256 * plane + byte]))
+    };
+    let planes = Some(planes::plan_counted(word_bytes, spec.words, count).frequencies);
+    Some(HeadPlan { chunk_log2: GRAIN_LOG2, planes, ..HeadPlan::default() }.to_bytes())
 }

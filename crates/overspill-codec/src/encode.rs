@@ -17,7 +17,7 @@ use crate::{dense, elias, flags, groups, planes, sparse};
 const ELIAS_CHUNK_LOG2: u32 = 16;
 
 /// Words that are compressed to find out whether Zstandard is worth trying.
-const ZSTD_PROBE_WORDS: usize = 4096;
+pub const ZSTD_PROBE_WORDS: usize = 4096;
 
 /// One run in so many must occur again among them.
 const REPEATS_WORTHWHILE: usize = 128;
@@ -327,6 +327,17 @@ impl<W: Word> ChunkEncoder<'_, W> {
         };
         self.try_zstd = Some(wins);
         Ok(wins)
+    }
+}
+
+/// Whether Zstandard may be tried on a segment whose first chunk that is not all zeros starts with these words,
+/// [`ZSTD_PROBE_WORDS`] of them.
+pub(crate) fn may_try_zstd(words: &[u8], word_bytes: usize) -> bool {
+    match word_bytes {
+        1 => repeats_itself::<u8>(words),
+        2 => repeats_itself::<u16>(words),
+        4 => repeats_itself::<u32>(words),
+        _ => repeats_itself::<u64>(words),
     }
 }
 

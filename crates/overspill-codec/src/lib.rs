@@ -41,9 +41,14 @@ mod values;
 mod words;
 
 pub use chunk::ChunkMode;
-pub use counted::{COUNT_GRAIN_WORDS, SegmentCounts, flags_head, key_field, sampled_one_in, sparse_head};
+pub use counted::{
+    COUNT_GRAIN_WORDS, PlaneCounts, SegmentCounts, flags_head, key_field, planes_head, sampled_one_in,
+    sparse_head,
+};
 pub use dtype::{Dtype, FloatLayout};
-pub use encode::{CodecChoice, EncodeOptions, EncodedSegment, ModeCount, SegmentStats, encode_segment};
+pub use encode::{
+    CodecChoice, EncodeOptions, EncodedSegment, ModeCount, SegmentStats, ZSTD_PROBE_WORDS, encode_segment,
+};
 pub use error::CodecError;
 pub use flat::{FLAT_CLASSES, FlatSegment, FlatTables};
 pub use link::{LINK_CHUNK_WORDS, LinkFormat, LinkPacked, link_decode, link_encode};

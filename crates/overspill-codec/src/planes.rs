@@ -29,13 +29,24 @@ const WORTHWHILE: f64 = 0.98;
 
 /// Choose tables for `words`.
 pub(crate) fn plan<W: Word>(words: &[u8], is_float: bool) -> PlanePlan {
-    let total = words.len() / W::BYTES;
+    let runs = words.chunks(SAMPLE_WORDS * W::BYTES);
+    let count = |plane: usize, is_sample: bool| {
+        let stride = if is_sample { SAMPLE_STRIDE } else { 1 };
+        count_bytes::<W>(runs.clone().step_by(stride), plane, is_float)
+    };
+    plan_counted(W::BYTES, words.len() / W::BYTES, count)
+}
+
+/// Choose tables for `total` words whose planes' bytes `count` counts, all of them or those of the sample.
+pub(crate) fn plan_counted(
+    planes: usize,
+    total: usize,
+    count: impl Fn(usize, bool) -> [u64; MAX_SYMBOLS],
+) -> PlanePlan {
     let mut plan = PlanePlan { frequencies: Vec::new(), bits_per_word: 0.0 };
-    for plane in 0..W::BYTES {
-        let runs = words.chunks(SAMPLE_WORDS * W::BYTES);
-        let sample = count_bytes::<W>(runs.clone().step_by(SAMPLE_STRIDE), plane, is_float);
-        let fitted = if entropy_bits(&sample) < WORTHWHILE * 8.0 {
-            let (frequencies, bits) = Frequencies::fit(&count_bytes::<W>(runs, plane, is_float));
+    for plane in 0..planes {
+        let fitted = if entropy_bits(&count(plane, true)) < WORTHWHILE * 8.0 {
+            let (frequencies, bits) = Frequencies::fit(&count(plane, false));
             Some((frequencies, bits / total as f64)).filter(|(_, bits)| *bits < WORTHWHILE * 8.0)
         } else {
             None

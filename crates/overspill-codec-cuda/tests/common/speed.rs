@@ -251,14 +251,19 @@ pub fn measure(rig: &Rig, sparse_only: bool) {
     );
 }
 
-/// Packs the sparse workload, segment i the content i modulo the cases.
+/// Packs steps, then words without a base; segment i is the content i modulo the cases.
 pub fn encode(rig: &Rig) {
+    encode_one(rig, "tpde.gpu.encode_7b_ms", false);
+    encode_one(rig, "tpde.gpu.encode_standalone_ms", true);
+}
+
+fn encode_one(rig: &Rig, id: &str, standalone: bool) {
     let copies: usize = std::env::var("OVERSPILL_COPIES").map_or(100, |text| text.parse().expect("a number"));
     let segments = copies * CONTENTS as usize;
     let raw_bytes = segments * WORDS * 2;
     let bases = rig.device.alloc_device(raw_bytes).expect("memory");
     let finals = rig.device.alloc_device(raw_bytes).expect("memory");
-    let cases = cases(lr_for(0.024), false, CodecChoice::Gpu);
+    let cases = cases(lr_for(0.024), standalone, CodecChoice::Gpu);
     let mut jobs = Vec::new();
     for i in 0..segments {
         let (at, case) = (i * WORDS * 2, &cases[i % cases.len()]);
@@ -294,16 +299,21 @@ pub fn encode(rig: &Rig) {
         same += u32::from(packed_as_reference(case, &[segment.head.clone(), index, blob]));
     }
     println!(
-        "encode: wall {wall_ms:.2} ms, GPU {gpu_ms:.2} ms, ratio {:.2}, {same} of 4 segments looked at are the reference's bytes",
+        "{id}: wall {wall_ms:.2} ms, GPU {gpu_ms:.2} ms, ratio {:.2}, {same} of 4 segments looked at are the reference's bytes",
         raw_bytes as f64 / made.blob_bytes as f64
     );
+    let what = if standalone {
+        "mode W, final words in VRAM".to_owned()
+    } else {
+        format!("mode F, {changed_pct:.2}% changed, base and final in VRAM")
+    };
     row(
-        "tpde.gpu.encode_7b_ms",
+        id,
         wall_ms,
         "ms",
         &format!(
-            "{:.2} GB of bf16 in {} segments, random weights N(0, 0.02), mode F, {changed_pct:.2}% changed, ratio {:.1}, base and \
-             final in VRAM, payloads in VRAM, wall clock with heads made on the host, median of 4",
+            "{:.2} GB of bf16 in {} segments, random weights N(0, 0.02), {what}, ratio {:.2}, payloads in VRAM, wall clock \
+             with heads made on the host, median of 4",
             raw_bytes as f64 / 1e9,
             jobs.len(),
             raw_bytes as f64 / made.blob_bytes as f64

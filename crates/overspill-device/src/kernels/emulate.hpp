@@ -196,6 +196,7 @@ template <typename T> static inline T atomicCAS(T* p, T expected, T value) {
     return old;
 }
 template <typename T> static inline T atomicOr(T* p, T value) { T old = *p; *p = old | value; return old; }
+template <typename T> static inline T atomicMin(T* p, T value) { T old = *p; *p = old < value ? old : value; return old; }
 template <typename T> static inline T atomicAdd(T* p, T value) { T old = *p; *p = old + value; return old; }
 static inline unsigned __float_as_uint(float x) { unsigned bits; memcpy(&bits, &x, 4); return bits; }
 static inline float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 4); return x; }

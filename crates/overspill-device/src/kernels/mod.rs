@@ -28,14 +28,15 @@ pub const TPDE: Source = Source {
     options: &[],
 };
 
-/// Encoders of TPDE's modes S and F; `overspill-codec-cuda` launches them.
+/// Encoders of TPDE's modes S, F and W; `overspill-codec-cuda` launches them.
 pub const TPDE_ENCODE: Source = Source {
     name: "tpde_encode.cu",
     text: concat!(
         include_str!("tpde.cuh"),
         include_str!("tpde_window.cuh"),
         include_str!("tpde_encode.cu"),
-        include_str!("tpde_encode_flags.cu")
+        include_str!("tpde_encode_flags.cu"),
+        include_str!("tpde_encode_planes.cu")
     ),
     options: &[],
 };

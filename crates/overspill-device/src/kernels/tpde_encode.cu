@@ -570,6 +570,11 @@ tpde_gather(const u32* outcomes, const u64* places, u32 chunks, const u8* scratc
     for (u32 i = lane; i < bytes; i += 32) to[i] = from[i];
 }
 
+// Copies units of 16 bytes.
+extern "C" __global__ void __launch_bounds__(COUNT_THREADS) tpde_join(uint4* to, const uint4* from, u64 units) {
+    for (u64 i = blockIdx.x * (u64)COUNT_THREADS + threadIdx.x; i < units; i += gridDim.x * (u64)COUNT_THREADS) to[i] = from[i];
+}
+
 #define ENCODE(BITS, W)                                                                                              \
     extern "C" __global__ void __launch_bounds__(COUNT_THREADS, 6)                                                   \
     tpde_count_##BITS(const Segment* segments, u32 count, u32* grains, u32* cells) {                                 \
