@@ -269,7 +269,7 @@ def capacity(options: argparse.Namespace) -> Rows:
     with Memory() as memory:
         model, x = build(part)
         # The driver's context, cuBLAS, and what torch's allocator cannot give out are not torch's bytes.
-        budget = memory.total_bytes // 2 - 11 * 2**30
+        budget = memory.total_bytes // 2 - options.capacity_gaps_gib * 2**30
         storm = Storm(model, vram_budget=budget, host_budget=options.capacity_host_budget)
         begin = time.perf_counter()
         ms, peak = step_times(model, x, storm, options.capacity_warm, 2)
@@ -339,6 +339,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--host-budget", default="64GiB")
     parser.add_argument("--capacity-layers", type=int, default=27)
+    parser.add_argument(
+        "--capacity-gaps-gib", type=int, default=16, help="of half of the card, what is not torch's bytes"
+    )
     parser.add_argument("--capacity-warm", type=int, default=5)
     parser.add_argument("--capacity-sequences", type=int, default=16)
     parser.add_argument("--capacity-host-budget", default="88GiB")
