@@ -2,8 +2,8 @@
 //!
 //! Segments are packed in rounds. Two lanes take them in turn, each a thread with a stream and scratch memory of its
 //! own, so that one's heads are made on the host while the other's kernels run; payloads come down and are hashed
-//! meanwhile, and so are the states where they lie. What kernels leave (words of 64 bits, tensors without a counterpart)
-//! is brought down and encoded here.
+//! meanwhile, and so are the states where they lie. What kernels leave (words of 64 bits, segments of too many
+//! different steps) is brought down and encoded here.
 //!
 //! Order: a lane's stream waits for what the caller's stream has been given; a round's payloads are whole when its lane
 //! hands it over; a piece of a patch is read behind the event of its copy. Applying is [`crate::DevicePatch`]'s.
