@@ -340,13 +340,7 @@ impl TpdePatch {
 
     /// Copies payloads from byte `start` of their section on to `out`, (address, bytes).
     fn read_payloads(&self, py: Python<'_>, start: u64, out: (usize, usize)) -> PyResult<()> {
-        py.detach(|| {
-            let (out, mut scratch) = (out_at(out.0, out.1), Vec::new());
-            let bytes = out.len();
-            out.copy_from_slice(self.0.blob(start, bytes, &mut scratch)?);
-            Ok(())
-        })
-        .map_err(|error: Error| tpde_error(py, &error))
+        py.detach(|| self.0.read_blob(start, out_at(out.0, out.1))).map_err(|error| tpde_error(py, &error))
     }
 
     /// Bytes of all payloads.

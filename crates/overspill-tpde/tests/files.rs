@@ -39,6 +39,22 @@ fn memory_round_trip_of_every_kind() {
 }
 
 #[test]
+fn payloads_are_read_in_pieces_to_where_the_caller_wants_them() {
+    let bytes: Vec<u8> = std::iter::repeat_with(|| fastrand::u8(..)).take(10 << 20).collect();
+    let state = vec![owned("noise", Dtype::U8, &[bytes.len() as u64], bytes)];
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("p");
+    pack(None, &checkpoint(&state), &path, &PackOptions::default(), &quiet).expect("packs");
+    let patch = Patch::open(&path).expect("opens");
+    let (start, length) = (3, patch.blob_bytes() as usize - 5);
+    assert!(length > 2 * (4 << 20), "one piece shows nothing");
+    let (mut read, mut scratch) = (vec![0; length], Vec::new());
+    patch.read_blob(start, &mut read).expect("reads");
+    assert!(read == patch.blob(start, length, &mut scratch).expect("reads"));
+    assert!(patch.read_blob(patch.blob_bytes(), &mut vec![0; 64 << 20]).is_err());
+}
+
+#[test]
 fn a_wrong_base_is_refused_before_anything_is_written() {
     let folder = tempfile::tempdir().expect("a folder");
     let (base, last) = pair(2, 4096);

@@ -186,12 +186,22 @@ impl Scheduler {
         let dirty = self.queues.last_but(Queue::Dirty, keep);
         let (Some(clean_id), Some(dirty_id)) = (clean, dirty) else { return clean.or(dirty) };
         let clean_goes = match self.config.policy.victim {
-            Victim::NextUse => {
-                self.is_gone_for_long(clean_id, now_us) || !self.is_gone_for_long(dirty_id, now_us)
-            }
+            Victim::NextUse => match (self.told_us(clean_id), self.told_us(dirty_id)) {
+                // Who leaves before its turn takes another's slab to come back: that costs more than a way out.
+                (Some(clean_us), Some(_)) => !self.is_gone_for_long(dirty_id, clean_us.max(now_us)),
+                _ => self.is_gone_for_long(clean_id, now_us) || !self.is_gone_for_long(dirty_id, now_us),
+            },
             _ => self.queues.last_key(Queue::Clean) >= self.queues.last_key(Queue::Dirty),
         };
         if clean_goes { clean } else { dirty }
+    }
+
+    /// When a waiting session will be needed, if it said so.
+    fn told_us(&self, id: u64) -> Option<u64> {
+        match self.sessions.get(&id)?.phase {
+            Phase::Waiting { next_us, is_told: true, .. } => Some(next_us),
+            _ => None,
+        }
     }
 
     /// Takes a free slab for a session that is away.
