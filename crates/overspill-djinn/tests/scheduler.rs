@@ -367,3 +367,20 @@ proptest! {
         prop_assert_eq!(first.log, second.log);
     }
 }
+
+/// Who is away before its turn takes another's slab to come back, and so on round the ring.
+#[test]
+fn of_those_that_said_when_the_last_one_leaves_clean_or_not() {
+    let mut scheduler = Scheduler::new(config(2, 2, Policy::DJINN));
+    let bytes = 10 * TOKEN_BYTES;
+    for (id, dirty_bytes, eta_us) in [(1, 0, 5_000), (2, bytes, 50_000)] {
+        let size = Size { tokens: 10, bytes, dirty_bytes, host_bytes: bytes - dirty_bytes, disk_bytes: 0 };
+        let pause = Event::Paused { id, eta_us: Some(eta_us) };
+        for event in [Event::Created { id }, Event::Seated { id }, Event::Sized { id, size }, pause] {
+            scheduler.note(0, event).expect("possible");
+        }
+    }
+    scheduler.note(0, Event::Created { id: 3 }).expect("possible");
+    let leaves = scheduler.demand(0, 3).expect("has room").expect("makes room");
+    assert_eq!(id_of(leaves), 2, "{leaves:?}");
+}
