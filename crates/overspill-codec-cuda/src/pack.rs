@@ -227,14 +227,19 @@ pub(crate) fn keep(device: &CudaDevice, kept: &mut Option<DeviceRange>, bytes: u
     }
 }
 
-/// What `make` makes of each number below `count`, in order, on all cores.
-pub(crate) fn on_all_cores<T: Send>(count: usize, make: impl Fn(usize) -> T + Sync) -> Vec<T> {
+/// What `make` makes of each number below `count`, in order, on all cores, and what `meanwhile` does on this thread.
+pub(crate) fn on_all_cores<T: Send, R>(
+    count: usize,
+    make: impl Fn(usize) -> T + Sync,
+    meanwhile: impl FnOnce() -> R,
+) -> (Vec<T>, R) {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let numbers: Vec<usize> = (0..count).collect();
     let part = |numbers: &[usize]| numbers.iter().map(|&number| make(number)).collect::<Vec<T>>();
     std::thread::scope(|scope| {
         let parts = numbers.chunks(count.div_ceil(cores).max(1));
         let threads: Vec<_> = parts.map(|numbers| scope.spawn(|| part(numbers))).collect();
-        threads.into_iter().flat_map(|thread| thread.join().expect("does not panic")).collect()
+        let done = meanwhile();
+        (threads.into_iter().flat_map(|thread| thread.join().expect("does not panic")).collect(), done)
     })
 }

@@ -99,12 +99,13 @@ impl PlanesRound<'_> {
         let cells = self.packer.read_words(&counting.slice(cells.clone())?)?;
         let probes = self.packer.device.read(&counting.slice(probes.clone())?)?;
         let (cells_each, probe_each) = (plane_cells(self.word_bytes), probe_bytes(self.word_bytes));
-        Ok(on_all_cores(self.jobs.len(), |number| {
+        let head = |number: usize| {
             let own = &grains[counts.grains[number]..counts.grains[number + 1]];
             let cells = &cells[number * cells_each..(number + 1) * cells_each];
             let probe = &probes[number * probe_each..(number + 1) * probe_each];
             head_of_planes(&self.jobs[number], own, cells, probe)
-        }))
+        };
+        Ok(on_all_cores(self.jobs.len(), head, || ()).0)
     }
 
     /// Sizes, then codes every chunk.

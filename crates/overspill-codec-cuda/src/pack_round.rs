@@ -42,6 +42,15 @@ struct Known {
     plan: ChunkPlan,
 }
 
+impl Known {
+    fn add(&mut self, counting: &DeviceRange, part: &Part<'_>, heads: Vec<Option<Vec<u8>>>) -> Result<()> {
+        let grains_at = counting.addr() + part.grains.start as u64;
+        self.plan.add(part.jobs, &heads, &part.counts, grains_at)?;
+        self.heads.extend(heads);
+        Ok(())
+    }
+}
+
 /// Where the kernels that pack find what they share, as offsets in the scratch memory.
 struct Shared {
     segments: Range<usize>,
@@ -176,33 +185,34 @@ impl Round<'_> {
         Ok((scratch, parts))
     }
 
-    /// Reads what was counted and makes heads of it, part by part.
+    /// Reads what was counted and makes heads of it, part by part; a part is planned while the next one's heads are made.
     fn know(&self, counting: &DeviceRange, parts: &[Part<'_>]) -> Result<Known> {
         let mut known = Known {
             heads: Vec::new(),
             changed: Vec::new(),
             plan: ChunkPlan::new(self.mode.chunks_a_block()),
         };
+        let mut headed: Option<(&Part<'_>, Vec<Option<Vec<u8>>>)> = None;
         for part in parts {
             part.counted.synchronize()?;
             let listed = self.packer.read_words(&counting.slice(part.lists.clone())?)?;
             let grains = self.packer.read_words(&counting.slice(part.grains.clone())?)?;
-            let heads = self.heads(part, &listed, &grains);
-            let grains_at = counting.addr() + part.grains.start as u64;
-            known.plan.add(part.jobs, &heads, &part.counts, grains_at)?;
-            known.heads.extend(heads);
+            let head = |number: usize| {
+                let list = &listed[number * LIST_WORDS..(number + 1) * LIST_WORDS];
+                part.counts.head(number, &part.jobs[number], self.mode, list, &grains)
+            };
+            let before = headed.take();
+            let plan_before = || before.map_or(Ok(()), |(part, heads)| known.add(counting, part, heads));
+            let (heads, planned) = on_all_cores(part.jobs.len(), head, plan_before);
+            planned?;
             let of_segment = |ends: &[usize]| grains[ends[0]..ends[1]].iter().copied().map(u64::from).sum();
             known.changed.extend(part.counts.grains.windows(2).map(of_segment).collect::<Vec<u64>>());
+            headed = Some((part, heads));
+        }
+        if let Some((part, heads)) = headed {
+            known.add(counting, part, heads)?;
         }
         Ok(known)
-    }
-
-    /// Heads of a part's segments, on all cores.
-    fn heads(&self, part: &Part<'_>, listed: &[u32], grains: &[u32]) -> Vec<Option<Vec<u8>>> {
-        on_all_cores(part.jobs.len(), |number| {
-            let list = &listed[number * LIST_WORDS..(number + 1) * LIST_WORDS];
-            part.counts.head(number, &part.jobs[number], self.mode, list, grains)
-        })
     }
 
     /// Makes records of what the kernels say and puts payloads in order.

@@ -117,8 +117,11 @@ fn sparse_cost(draft: &Draft, is_step: bool) -> f64 {
 
 fn drafts(histogram: &Histogram, coded_share: f64, most: usize, cost: impl Fn(&Draft) -> f64) -> Vec<Draft> {
     let mut drafts: Vec<Draft> = Vec::new();
+    // Symbols beyond the last that occurs need no looking at.
+    let last = |row: &[u32; MAX_SYMBOLS]| row.iter().rposition(|&count| count > 0).unwrap_or(0);
+    let most_symbols = histogram.values.iter().flatten().map(|row| last(row) + 1).max().unwrap_or(0).max(2);
     for key in 0..256usize {
-        let values = histogram.values[key].as_deref().unwrap_or(&[0; MAX_SYMBOLS]);
+        let values = &histogram.values[key].as_deref().unwrap_or(&[0; MAX_SYMBOLS])[..most_symbols];
         let changed: u64 = values.iter().map(|&count| u64::from(count)).sum();
         let population = (histogram.population[key] as f64 * coded_share).max(changed as f64);
         if population == 0.0 {

@@ -23,9 +23,13 @@ fn nvrtc() -> Option<Nvrtc> {
 /// Kernels whose launch bounds cost a few spilled words a thread on some architecture, and how many bytes at most:
 /// mode D of 32-bit words has 24 warps a block, and 80 registers do not hold it on sm_100 and sm_120; counting of
 /// 16-bit words has six blocks a multiprocessor, mode G of them two of 640 threads, and both were measured with their
-/// bytes on sm_90.
-const SPILLED_BYTES: [(&str, u32); 3] =
-    [("`tpde_dense_32`", 60), ("`tpde_count_16`", 8), ("`tpde_groups_16`", 32)];
+/// bytes on sm_90. The encoder of mode F has four blocks, which 32-bit words fit but for 12 bytes on sm_80.
+const SPILLED_BYTES: [(&str, u32); 4] = [
+    ("`tpde_dense_32`", 60),
+    ("`tpde_count_16`", 8),
+    ("`tpde_groups_16`", 32),
+    ("`tpde_encode_flags_32`", 12),
+];
 
 #[test]
 fn the_committed_table_is_what_compiles_and_no_other_kernel_spills() {

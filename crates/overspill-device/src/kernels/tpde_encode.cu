@@ -101,13 +101,18 @@ tpde_list(u32* cells, u32* lists, u32 limit) {
     lists += (u64)(LIST_HEAD + 2 * limit) * blockIdx.x;
     if (thread == 0) found = 0;
     __syncthreads();
-    for (u32 cell = thread; cell < 65536; cell += COUNT_THREADS) {
-        u32 count = cells[cell];
-        if (!count) continue;
-        u32 slot = atomicAdd(&found, 1u);
-        if (slot < limit) {
-            lists[LIST_HEAD + 2 * slot] = cell;
-            lists[LIST_HEAD + 2 * slot + 1] = count;
+    // Four cells at a time, and several of these on their way: one block goes through all of them.
+#pragma unroll 8
+    for (u32 four = thread; four < 65536 / 4; four += COUNT_THREADS) {
+        uint4 counts = ((const uint4*)cells)[four];
+        if (!(counts.x | counts.y | counts.z | counts.w)) continue;
+        for (u32 i = 0; i < 4; i++) {
+            u32 count = i == 0 ? counts.x : i == 1 ? counts.y : i == 2 ? counts.z : counts.w;
+            u32 slot = count ? atomicAdd(&found, 1u) : limit;
+            if (slot < limit) {
+                lists[LIST_HEAD + 2 * slot] = 4 * four + i;
+                lists[LIST_HEAD + 2 * slot + 1] = count;
+            }
         }
     }
     lists[4 + thread] = cells[65536 + thread];

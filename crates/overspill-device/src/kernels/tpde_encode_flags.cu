@@ -189,18 +189,12 @@ static __device__ void fill_pushes(FlagPacking& shared, const u32* tables, u32 k
     }
 }
 
-// Which of a group's words changed: eight bits for each 256 words.
-template <typename W>
-static __device__ u32 group_changes(const W* base, const W* made, u32 first, u32 words, bool aligned, u32 lane) {
+// Which of eight words changed.
+template <typename W> static __device__ u32 pair_changes(const Pair<W>& own) {
     u32 changed = 0;
-    // Words of 32 bits would take too many registers at once.
-#pragma unroll (sizeof(W) == 4 ? 1 : 4)
-    for (u32 q = 0; q < 4; q++) {
-        Pair<W> own = load_pair<W>(base, made, first + 256 * q + 8 * lane, words, aligned);
 #pragma unroll
-        for (u32 i = 0; i < 8; i++) {
-            if (own.old.word(i) != own.fresh.word(i)) changed |= 1u << (8 * q + i);
-        }
+    for (u32 i = 0; i < 8; i++) {
+        if (own.old.word(i) != own.fresh.word(i)) changed |= 1u << i;
     }
     return changed;
 }
@@ -219,21 +213,30 @@ static __device__ bool push_words(FlagPacking& shared, const Segment& segment, u
     flag_mask = __shfl_sync(ALL, flag_mask, 0);
     words = __shfl_sync(ALL, words, 0);
     Near pushes = near_of(shared.pushes);
-    for (u32 first = (words - 1) / FLAG_GROUP * FLAG_GROUP;; first -= FLAG_GROUP) {
-        u32 changed = group_changes<W>(base, made, first, words, aligned, lane);
+    u32 first = (words - 1) / FLAG_GROUP * FLAG_GROUP, changed = 0;
+    for (u32 q = 0; q < 4; q++) {
+        changed |= pair_changes<W>(load_pair<W>(base, made, first + 256 * q + 8 * lane, words, aligned)) << (8 * q);
+    }
+    for (;; first -= FLAG_GROUP) {
         good = push_changes<W>(shared, shared.changed[warp], arena, to, changed, base + first, made + first, shift, mask,
                                is_float, lane, below) && good;
+        u32 changed_before = 0;
+#pragma unroll 1
         for (u32 q = 4; q-- > 0;) {
             u32 at = first + 256 * q + 8 * lane;
             Eight<W> old = load_eight<W>(base, at, words, aligned);
+            // The group in front of this one, on its way meanwhile.
+            Pair<W> before = load_pair<W>(base, made, first ? at - FLAG_GROUP : 0, first ? words : 0, aligned);
             if (first + FLAG_GROUP <= words) {
                 push_flags<W, false>(pushes, to, old, changed >> (8 * q), 8, flag_shift, flag_mask, below);
             } else {
                 u32 there = at < words ? words - at : 0;
                 push_flags<W, true>(pushes, to, old, changed >> (8 * q), there, flag_shift, flag_mask, below);
             }
+            changed_before |= pair_changes<W>(before) << (8 * q);
         }
         if (first == 0) return __all_sync(ALL, good) && !to.full;
+        changed = changed_before;
     }
 }
 
