@@ -71,37 +71,38 @@ def part_variants(shape: dict[str, int], link: float) -> None:
         (n, tuple(p.shape)) for n, p in shell(shape, torch.bfloat16).named_parameters() if ".layers." in n
     ]
     model = {name: (0.02 * torch.randn(size, device=DEVICE)).bfloat16() for name, size in names}
-    tuned = {"full": full(model), "merged": merged(model)}
-    on_host = {name: tensor.to("cpu", copy=True) for name, tensor in model.items()}
-    patches, finals = {}, {}
-    for name, weights in tuned.items():
-        finals[name] = {key: tensor.to("cpu", copy=True) for key, tensor in weights.items()}
-        patches[name] = tpde.encode(model, weights)
-        say(name, f"{patches[name].packed_bytes / 1e6:.1f} MB, ratio {patches[name].ratio:.1f}")
+    base = {name: tensor.clone() for name, tensor in model.items()}
+    tuned = {"full": full(base), "merged": merged(base)}
+    patches = {name: tpde.encode(model, weights) for name, weights in tuned.items()}
+    say(
+        {
+            name: f"{patch.packed_bytes / 1e6:.1f} MB, ratio {patch.ratio:.1f}"
+            for name, patch in patches.items()
+        }
+    )
     begin = time.perf_counter()
     tunes = tpde.variants(model, {name: patch.data for name, patch in patches.items() if patch.data})
     added = time.perf_counter() - begin
-    del tuned
-    raw_bytes = sum(tensor.nbytes for tensor in on_host.values())
+    raw_bytes = sum(tensor.nbytes for tensor in base.values())
     for name in patches:
-        changed = [key for key in on_host if not torch.equal(on_host[key], finals[name][key])]
-        there, back = [], []
+        changed = [key for key in base if not torch.equal(base[key], tuned[name][key])]
+        there, back, right = [], [], True
         for _ in range(SWITCHES):
             there.append(seconds(lambda name=name: tunes.switch(name)))
-            right = same_bits({key: tensor.cpu() for key, tensor in model.items()}, finals[name])
+            right &= same_bits(model, tuned[name])
             back.append(seconds(lambda: tunes.switch(None)))
-            right &= same_bits({key: tensor.cpu() for key, tensor in model.items()}, on_host)
-        pinned = {
-            key: finals[name][key].pin_memory() if DEVICE == "cuda" else finals[name][key] for key in changed
-        }
+            right &= same_bits(model, base)
+        pinned = {key: tuned[name][key].cpu() for key in changed}
+        if DEVICE == "cuda":
+            pinned = {key: tensor.pin_memory() for key, tensor in pinned.items()}
         copied = median([seconds(lambda p=pinned: copy(p, model)) for _ in range(3)])
-        copy({key: on_host[key] for key in changed}, model)
-        words = sum(tensor.numel() for tensor in on_host.values())
-        share = sum(int((on_host[key] != finals[name][key]).sum()) for key in changed) / words
+        copy({key: base[key] for key in changed}, model)
+        words = sum(tensor.numel() for tensor in base.values())
+        share = sum(int((base[key] != tuned[name][key]).sum()) for key in changed) / words
         moved_bytes = sum(tensor.nbytes for tensor in pinned.values())
         note = (
             f"{shape['num_hidden_layers']} layers of Llama-2-7B's shape, bf16, {raw_bytes / 1e9:.2f} GB resident, random "
-            f"weights; {name}: {len(changed)} of {len(on_host)} tensors and {100 * share:.2f}% of the words differ, patch {patches[name].packed_bytes / 1e6:.1f} "
+            f"weights; {name}: {len(changed)} of {len(base)} tensors and {100 * share:.2f}% of the words differ, patch {patches[name].packed_bytes / 1e6:.1f} "
             f"MB; base to variant, the patch on the device since the first switch, which checked it and brought it up: "
             f"{1e3 * there[0]:.1f} ms; medians of {SWITCHES - 1}, back {1e3 * median(back[1:]):.2f} ms; both ways bit "
             f"for bit: {right}; the ways back of both packed in {added:.2f} s"
