@@ -7,11 +7,11 @@
 #define PIECE_BYTES(CHANGES) (2 * (CHANGES) + 1024)
 #define FRONT_BYTES 160u  // mode and states take at most 141
 
-// How a flag is pushed on a state x: words go out until x is below f << 20, with f the flag's frequency; x then becomes
-// x + (q + s) * d, where q = x / f rounded down, d = 4096 - f, and s is 1 for the flag of no change, which starts where that
-// of a change ends, else 0. q + s are the bits of x * (x and y as one number being added) z from 32 + n on, n those of f but one:
-// x and y hold what makes that exact for all x of 32 bits, and s. w has d in its top 12 bits and n in its low 5. All zeros:
-// nothing is pushed.
+// How a flag is pushed on a state X: words go out until X is below f << 20, with f the flag's frequency; then X grows by
+// (q + s) * d, where q is X / f rounded down, d is 4096 - f, and s is 1 for the flag of no change, which starts where that of
+// a change ends, else 0. q + s is what stands from bit 32 + n on, n the place of f's highest bit, in X * z plus the number of
+// 64 bits whose halves are x and y: they hold s and what makes the quotient exact for every X. w has d in its top 12 bits and
+// n in its low 5. All zeros push nothing.
 typedef uint4 Push;
 
 struct FlagPacking {
