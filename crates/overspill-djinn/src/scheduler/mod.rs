@@ -10,7 +10,8 @@
 //! nobody says otherwise, so that who became ready more than that later never goes first: nobody
 //! starves. Past its deadline a session on its way has a seat kept for it. *Waiting* sessions give
 //! their slabs to ready ones: first those that are clean, since they leave for nothing, and of those
-//! the one that will be needed last. A session that said when it will be needed leaves before memory
+//! the one that will be needed last; one that is not clean goes before it if both said when they will be
+//! needed, and it so much later that its way out and back pays. A session that said when it will be needed leaves before memory
 //! is short, if it is away for long enough to be worth it, and sets out before it is due; it takes the
 //! slab of another one only if that one is needed so much later that its own way out and back is
 //! paid for twice: else two sessions could push each other out for ever. A session that says nothing
