@@ -20,6 +20,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from overspill import _stream, _stream_cpu, _stream_cuda, tpde
 
+HIDDEN_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
+HIDDEN_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40}
+HIDDEN_TINY = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BEGIN = time.monotonic()
 

@@ -1,35 +1,28 @@
-"""Fine-tunes over one resident base, switched; and a model that streams from its file.
+"""Fine-tunes over one resident base, switched.
 
-    python bench/tpde_variants.py [--parts variants,disk] [--layers N] [--tiny]
+    python bench/tpde_variants.py [--layers N] [--tiny]
 
-``variants``: Llama-2-7B's layers in bf16 on the device, random weights N(0, 0.02). Two fine-tunes of them: ``full``,
-every weight of which was moved in fp32 by up to 2e-6 before it was rounded (few words change), and
-``merged``, whose query and value matrices took a LoRA of rank 16 into them (there most words change, nothing else does).
-Switching from one to the next, both ways, against copying the changed matrices up from page-locked memory. ``disk``:
-layers of Llama-2-13B's shape packed alone into a file and streamed from it under 2 GB, against a plain read of the
-file. Every result is compared bit for bit. Writes ``bench/results/tpde_variants.json`` row by row.
+Llama-2-7B's layers in bf16 on the device, random weights N(0, 0.02). Two fine-tunes of them: ``full``, every weight of
+which was moved in fp32 by up to 2e-6 before it was rounded (few words change), and ``merged``, whose query and value
+matrices took a LoRA of rank 16 into them (there most words change, nothing else does). Switching from one to the next,
+both ways, against copying the changed matrices up from page-locked memory; every result is compared bit for bit. Writes
+``bench/results/tpde_variants.json`` row by row.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from stream_setup import DEVICE, draw, fill, held_bytes, link_gbps, say, seconds, shell
+from stream_setup import DEVICE, HIDDEN_7B, HIDDEN_TINY, link_gbps, say, seconds, shell
 
 from common import median, row, update_results
 from overspill import tpde
 
 RANK = 16
 SWITCHES = 5
-HIDDEN_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
-HIDDEN_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40}
-HIDDEN_TINY = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4}
 Tensors = dict[str, torch.Tensor]
 
 
@@ -65,7 +58,7 @@ def merged(base: Tensors) -> Tensors:
     return made
 
 
-def part_variants(shape: dict[str, int], link: float) -> None:
+def measure(shape: dict[str, int], link: float) -> None:
     torch.manual_seed(0)
     names = [
         (n, tuple(p.shape)) for n, p in shell(shape, torch.bfloat16).named_parameters() if ".layers." in n
@@ -122,77 +115,13 @@ def copy(source: Tensors, target: Tensors) -> None:
         target[name].copy_(tensor, non_blocking=True)
 
 
-def forget(path: Path) -> None:
-    """Drops a file from the page cache, where the system lets us."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def read_gbps(path: Path) -> float:
-    """A plain read from front to back, in pieces of 16 MiB, from the disk."""
-    forget(path)
-    piece = bytearray(16 << 20)
-    begin = time.perf_counter()
-    with path.open("rb", buffering=0) as file:
-        while file.readinto(piece):
-            pass
-    return path.stat().st_size / (time.perf_counter() - begin) / 1e9
-
-
-def part_disk(shape: dict[str, int], link: float, budget_bytes: int) -> None:
-    model = shell(shape, torch.bfloat16)
-    weights = draw(model)
-    resident = shell(shape, torch.bfloat16)
-    fill(resident, {name: tensor.to(DEVICE) for name, tensor in weights.items()})
-    resident.model.rotary_emb.to(DEVICE)
-    ids = torch.arange(1, 9, device=DEVICE)[None]
-    with torch.no_grad():
-        expected = resident(ids).logits
-    del resident
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.tpde"
-        packed = tpde.pack(None, weights, path, codec="gpu")
-        say(f"packed {packed.raw_bytes / 1e9:.1f} GB, {packed.ratio:.2f}:1")
-        plain_gbps = read_gbps(path)
-        forget(path)
-        handle = tpde.stream(model, held_bytes() + budget_bytes, patch=path, device=DEVICE, on_disk=True)
-        try:
-            with torch.no_grad():
-                right = torch.equal(model(ids).logits, expected)
-                forget(path)
-                before = handle.report()["link_bytes"]
-                cold = seconds(lambda: model(ids))
-                read_gb = (handle.report()["link_bytes"] - before) / 1e9
-                warm = median([seconds(lambda: model(ids)) for _ in range(3)])
-            report = handle.report()
-        finally:
-            handle.close()
-    note = (
-        f"{shape['num_hidden_layers']} layers of Llama-2-13B's shape, bf16, {packed.raw_bytes / 1e9:.1f} GB, random weights, "
-        f"packed alone {packed.ratio:.2f}:1 into a file of {packed.packed_bytes / 1e9:.1f} GB, which stays on disk; budget "
-        f"{budget_bytes / 1e9:.1f} GB, of which {report['resident_bytes'] / 1e9:.1f} GB keep packed weights on the device; "
-        f"a forward of 8 tokens after the file was dropped from the page cache reads {read_gb:.2f} GB; with the file in "
-        f"the page cache {warm:.3f} s; logits bit for bit those of the resident model: {right}"
-    )
-    limit = f"a plain read of the file {plain_gbps:.2f} GB/s, dropped from the cache before: {read_gb / plain_gbps:.2f} s for what is read; link {link:.1f} GB/s"
-    add("tpde_variants.stream_from_disk_s", cold if right else None, "s", limit=limit, note=note)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--parts", default="variants,disk")
-    parser.add_argument("--layers", type=int, default=0, help="instead of each part's own number (16 and 4)")
+    parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--tiny", action="store_true", help="a few MB, to try the benchmark itself")
     args = parser.parse_args()
-    link = link_gbps()
-    for part in args.parts.split(","):
-        hidden, layers = {"variants": (HIDDEN_7B, 16), "disk": (HIDDEN_13B, 4)}[part]
-        shape = {**(HIDDEN_TINY if args.tiny else hidden), "num_hidden_layers": args.layers or layers}
-        if part == "variants":
-            part_variants(shape, link)
-        else:
-            part_disk(shape, link, (80 << 20) if args.tiny else 2 * 10**9)
+    hidden = HIDDEN_TINY if args.tiny else HIDDEN_7B
+    measure({**hidden, "num_hidden_layers": args.layers}, link_gbps())
 
 
 if __name__ == "__main__":

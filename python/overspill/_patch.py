@@ -38,6 +38,12 @@ _STATE = "_overspill_state_id"
 """Attribute of a module: the state that :meth:`Patch.apply_` left it in."""
 
 
+def set_state(target: Any, state: str | None) -> None:
+    """Notes the state that a module is in, for its next patch; None while it is being written. A mapping has no place."""
+    if not isinstance(target, Mapping):
+        setattr(target, _STATE, state)
+
+
 def _in_place(target: Any, needed: Mapping[str, TensorInfo]) -> dict[str, Any]:
     """The tensors that a patch is applied to, in its order, each checked to be what the patch says."""
     found = tensors_of(target)
@@ -241,8 +247,7 @@ class Patch:
             if any(tensor.device.type != "cpu" for tensor in state.values()):
                 raise ValueError("tensors to write that are not on the CPU; see apply_")
             _apart(outs, source)
-            if not isinstance(into, Mapping):
-                setattr(into, _STATE, None)
+            set_state(into, None)
         else:
             infos = self.tensors
             for (name, info), (made, address) in zip(
@@ -255,8 +260,7 @@ class Patch:
         if into is not None:
             for tensor in state.values():
                 written(tensor)
-            if not isinstance(into, Mapping):
-                setattr(into, _STATE, self.final_id)
+            set_state(into, self.final_id)
         return state
 
     def to(self, device: Any) -> Patch:
@@ -286,8 +290,7 @@ class Patch:
         devices = {tensor.device for tensor in tensors.values()}
         if len(devices) > 1:
             raise ValueError(f"tensors on several devices: {', '.join(sorted(map(str, devices)))}")
-        if not isinstance(target, Mapping):
-            setattr(target, _STATE, None)
+        set_state(target, None)
         seen: set[int] = set()
         addresses = []
         for tensor in tensors.values():
@@ -302,8 +305,7 @@ class Patch:
             made = self._native.apply_in_place(addresses, base_id=known, **limits)
         for tensor in tensors.values():
             written(tensor)
-        if not isinstance(target, Mapping):
-            setattr(target, _STATE, made)
+        set_state(target, made)
         return made
 
     def _on_device(self, number: int, memory_bytes: int, threads: int) -> _native.TpdeDevicePatch:
@@ -368,9 +370,3 @@ class DevicePatch:
 def resident_id(target: Any) -> str:
     """The id of a module's or a mapping's state: what :meth:`Patch.apply_` left, else hashed."""
     return getattr(target, _STATE, None) or state_id(tensors_of(target))
-
-
-def settle(target: Any, state: str) -> None:
-    """Says what state a module is in, for the next patch."""
-    if not isinstance(target, Mapping):
-        setattr(target, _STATE, state)

@@ -15,7 +15,7 @@ from typing import Any
 
 from . import tpde
 from ._checkpoint import PathType, tensors_of
-from ._patch import PatchBytes, resident_id, settle
+from ._patch import PatchBytes, resident_id, set_state
 from .errors import FormatError
 
 
@@ -73,7 +73,7 @@ class Variants:
         finally:
             for key, tensor in held.items():
                 tensor.detach().copy_(copy[key])
-            settle(self.model, self.base_id)
+            set_state(self.model, self.base_id)
 
     def remove(self, name: str) -> None:
         """Forgets a variant; weights that are this one go back to the base."""

@@ -75,15 +75,22 @@ fn a_program_killed_in_a_write_leaves_the_old_target() {
     }
 }
 
+/// A folder with a checkpoint that takes a while, packed as `p`; the checkpoint's bytes.
+fn large(seed: u64) -> (tempfile::TempDir, Vec<u8>) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let checkpoint = folder.path().join("b");
+    write_noise(&checkpoint, 24 << 20, seed);
+    let packed = limited(folder.path(), 1 << 20, false, "pack --final b -o p");
+    assert!(packed.status.success(), "{}", String::from_utf8_lossy(&packed.stderr));
+    let whole = fs::read(&checkpoint).expect("reads");
+    (folder, whole)
+}
+
 /// Killed at any moment, the target is the old file or the new one, whole.
 #[test]
 fn a_killed_program_never_leaves_half_a_file() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let [b, p, out] = ["b", "p", "out"].map(|name| folder.path().join(name));
-    write_noise(&b, 24 << 20, 2);
-    let whole = fs::read(&b).expect("reads");
-    let packed = limited(folder.path(), 1 << 20, false, "pack --final b -o p");
-    assert!(packed.status.success(), "{}", String::from_utf8_lossy(&packed.stderr));
+    let (folder, whole) = large(2);
+    let [p, out] = ["p", "out"].map(|name| folder.path().join(name));
     for round in 0..12 {
         fs::write(&out, OLD).expect("written");
         let mut child = Command::new(PROGRAM)
@@ -102,12 +109,8 @@ fn a_killed_program_never_leaves_half_a_file() {
 /// Told to end at any moment, the program leaves the old file or the new one, and nothing beside it.
 #[test]
 fn a_stopped_program_leaves_nothing_behind() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let [b, out] = ["b", "out"].map(|name| folder.path().join(name));
-    write_noise(&b, 24 << 20, 3);
-    let whole = fs::read(&b).expect("reads");
-    let packed = limited(folder.path(), 1 << 20, false, "pack --final b -o p");
-    assert!(packed.status.success(), "{}", String::from_utf8_lossy(&packed.stderr));
+    let (folder, whole) = large(3);
+    let out = folder.path().join("out");
     for round in 0..12 {
         fs::write(&out, OLD).expect("written");
         let child = Command::new(PROGRAM)

@@ -1,6 +1,8 @@
 //! What the encoders' kernels are given and what is made of what they say: pure bookkeeping, the same for a device
 //! and for the tests' emulation.
 
+use std::ops::Range;
+
 use overspill_codec::{
     BaseKind, COUNT_GRAIN_WORDS, ChunkRecord, FlatSegment, FlatTables, PatchKind, PlaneCounts, RECORD_BYTES,
     SegmentCounts, SegmentSpec, ZSTD_PROBE_WORDS, flags_head, key_field, planes_head, sampled_one_in,
@@ -220,6 +222,16 @@ impl ChunkPlan {
             self.chunks.push(at + flat.chunks);
         }
         Ok(())
+    }
+
+    /// `bytes` for the kernels: list and tables where they belong, zeros elsewhere.
+    pub fn upload(&self, segments: &Range<usize>, tables: &Range<usize>, bytes: usize) -> Vec<u8> {
+        let mut made = vec![0; bytes];
+        made[segments.clone()].copy_from_slice(&self.segments);
+        for (bytes, word) in made[tables.clone()].chunks_exact_mut(4).zip(self.tables.words()) {
+            bytes.copy_from_slice(&word.to_le_bytes());
+        }
+        made
     }
 
     /// Chunks of all segments.

@@ -119,12 +119,8 @@ impl PlanesRound<'_> {
         let device = &self.packer.device;
         let shared = Shared::of(plan);
         let scratch = keep(device, &mut kept.packing, shared.total)?;
-        // One copy of all that comes from here; what else it holds is zeros.
-        let mut upload = vec![0; shared.outcomes.end];
-        upload[shared.segments.clone()].copy_from_slice(&plan.segments);
-        for (bytes, word) in upload[shared.tables.clone()].chunks_exact_mut(4).zip(plan.tables.words()) {
-            bytes.copy_from_slice(&word.to_le_bytes());
-        }
+        // One copy of all that comes from here.
+        let upload = plan.upload(&shared.segments, &shared.tables, shared.outcomes.end);
         device.write(&scratch.slice(0..upload.len())?, &upload)?;
         let at = |range: &Range<usize>| Arg::U64(scratch.addr() + range.start as u64);
         let status_at = scratch.addr() + shared.status.start as u64;

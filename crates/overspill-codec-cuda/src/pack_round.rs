@@ -94,12 +94,8 @@ impl Round<'_> {
         let scratch = keep(&self.packer.device, &mut kept.packing, shared.total)?;
         let at = |range: &Range<usize>| Arg::U64(scratch.addr() + range.start as u64);
         let plan = &known.plan;
-        // One copy of all that comes from here; what else it holds is zeros.
-        let mut upload = vec![0; shared.cursor.end];
-        upload[shared.segments.clone()].copy_from_slice(&plan.segments);
-        for (bytes, word) in upload[shared.tables.clone()].chunks_exact_mut(4).zip(plan.tables.words()) {
-            bytes.copy_from_slice(&word.to_le_bytes());
-        }
+        // One copy of all that comes from here.
+        let upload = plan.upload(&shared.segments, &shared.tables, shared.cursor.end);
         self.packer.device.write(&scratch.slice(0..upload.len())?, &upload)?;
         if plan.count > 0 {
             let status_at = scratch.addr() + shared.status.start as u64;

@@ -22,7 +22,7 @@ use overspill_tpde::{BlobHasher, Checkpoint, Coded, LARGE_BLOB_START, PackReport
 
 use crate::decoder::Result;
 use crate::landing::{HostBuffers, Landing};
-use crate::pack::{Packed, Packer};
+use crate::pack::{Packed, Packer, on_all_cores};
 use crate::pack_plan::{PackJob, PackMode};
 use crate::state::StateHasher;
 
@@ -179,11 +179,11 @@ impl StepEncoder {
                 Ok((*job, old, self.read(job.last, job)?))
             });
             let words: Vec<(&PackJob, Vec<u8>, Vec<u8>)> = words.collect::<Result<_>>()?;
-            let encoded: Vec<_> = std::thread::scope(|scope| {
-                let threads: Vec<_> =
-                    words.iter().map(|(job, old, new)| scope.spawn(move || encode(job, old, new))).collect();
-                threads.into_iter().map(|thread| thread.join().expect("encoders do not panic")).collect()
-            });
+            let encoded = |number: usize| {
+                let (job, old, new) = &words[number];
+                encode(job, old, new)
+            };
+            let (encoded, ()) = on_all_cores(words.len(), encoded, || ());
             for segment in encoded {
                 on_host.push(segment?);
             }

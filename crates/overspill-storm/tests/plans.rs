@@ -191,11 +191,8 @@ fn half_the_memory_of_llama_blocks() {
     }
 }
 
-/// A tenth of the memory: elementwise results cannot be rebuilt, as there is no room for their inputs at once, but
-/// products of a layer's input can. Taking recipes in one order for all gives 1.72 here.
-#[test]
-fn what_is_rebuilt_depends_on_the_room_for_its_inputs() {
-    let speeds = Speeds { matmul_flops: 737e12, memory_bytes: 4.8e12 };
+/// A step of eight Llama blocks of h = 4096 over 16,384 tokens on an H200.
+fn blocks_h4096() -> StepRecord {
     let shape = Shape {
         layers: 8,
         hidden: 4096,
@@ -205,7 +202,14 @@ fn what_is_rebuilt_depends_on_the_room_for_its_inputs() {
         sequence: 4096,
         ..Shape::default()
     };
-    let mut record = shape.step(&speeds, 0);
+    shape.step(&Speeds { matmul_flops: 737e12, memory_bytes: 4.8e12 }, 0)
+}
+
+/// A tenth of the memory: elementwise results cannot be rebuilt, as there is no room for their inputs at once, but
+/// products of a layer's input can. Taking recipes in one order for all gives 1.72 here.
+#[test]
+fn what_is_rebuilt_depends_on_the_room_for_its_inputs() {
+    let mut record = blocks_h4096();
     record.units.iter_mut().for_each(|unit| unit.coded = None);
     let budget_bytes = (record.unit_bytes() as f64 * 0.098) as u64;
     let link = Link { offload_gbps: 53.5, onboard_gbps: 53.5 };
@@ -222,17 +226,7 @@ fn what_is_rebuilt_depends_on_the_room_for_its_inputs() {
 /// Where the host has less room than the link has time, more is rebuilt.
 #[test]
 fn what_leaves_fits_the_host() {
-    let speeds = Speeds { matmul_flops: 737e12, memory_bytes: 4.8e12 };
-    let shape = Shape {
-        layers: 8,
-        hidden: 4096,
-        inner: 11_008,
-        kv: 4096,
-        batch: 4,
-        sequence: 4096,
-        ..Shape::default()
-    };
-    let mut record = shape.step(&speeds, 0);
+    let mut record = blocks_h4096();
     let link = Link { offload_gbps: 53.5, onboard_gbps: 53.5 };
     let plan = |record: &StepRecord, host_bytes| {
         let budget_bytes = record.unit_bytes() / 4;

@@ -17,9 +17,9 @@ pub(crate) const MAX_MANIFEST_BYTES: u64 = 128 << 20;
 
 /// Zstandard level for the manifest of a patch that is made once: it is small, and its bytes count.
 pub(crate) const ZSTD_LEVEL: i32 = 19;
-/// The level beside a large blob, where its bytes do not count: the last level takes 4 ms for a hundred tensors
-/// while all cores wait.
-pub(crate) const ZSTD_LEVEL_BESIDE_MUCH: i32 = 3;
+/// The level where somebody waits, or beside a large blob, where its bytes do not count: [`ZSTD_LEVEL`] takes 4 ms for
+/// a hundred tensors.
+pub(crate) const FAST_ZSTD_LEVEL: i32 = 3;
 
 /// One tensor that a patch makes.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -14,7 +14,7 @@ use overspill_codec::{
 use crate::buffer::Buffer;
 use crate::checkpoint::{Checkpoint, Kind, Layout, Tensor};
 use crate::container::{ALIGN_BYTES, ALIGNED_BLOB_BYTES, PatchHasher, PatchType, aligned, patch_header};
-use crate::manifest::{Entry, Manifest, ZSTD_LEVEL, ZSTD_LEVEL_BESIDE_MUCH};
+use crate::manifest::{Entry, FAST_ZSTD_LEVEL, Manifest, ZSTD_LEVEL};
 use crate::output::OutputFile;
 use crate::state::{SegmentHash, StateHasher, StateId, hash_segment};
 use crate::work::{Meter, Options, Progress, Workers};
@@ -207,7 +207,7 @@ fn pack_sections(
         Some(hashes) => PatchType::Relative(hashes.finish()),
     };
     let final_id = final_hashes.finish();
-    let level = if writer.used_bytes() < ALIGNED_BLOB_BYTES { ZSTD_LEVEL } else { ZSTD_LEVEL_BESIDE_MUCH };
+    let level = if writer.used_bytes() < ALIGNED_BLOB_BYTES { ZSTD_LEVEL } else { FAST_ZSTD_LEVEL };
     let manifest = describe(base, final_state, kind.codec_kind(), &changed);
     let manifest = manifest.encode(&final_state.path, level)?;
     let packed_bytes = writer.finish(index, heads, manifest, kind, final_id, &workers)?;

@@ -9,14 +9,13 @@ use overspill_codec::{BaseKind, PatchKind, SegmentSpec, segments};
 
 use crate::checkpoint::{Checkpoint, Kind};
 use crate::container::{ALIGN_BYTES, PatchHasher, PatchType, aligned, patch_header};
+use crate::manifest::FAST_ZSTD_LEVEL;
 use crate::pack::{PackReport, counterpart, describe};
 use crate::state::StateId;
 use crate::{Error, Result};
 
 /// Where payloads start in a patch that has many of them: most likely [`Parts::blob_start`], before that is known.
 pub const LARGE_BLOB_START: usize = ALIGN_BYTES;
-/// Level for the manifest: of a few hundred tensors level 19 takes milliseconds.
-const ZSTD_LEVEL: i32 = 3;
 
 /// A segment of a final state that is to be encoded.
 #[derive(Debug, Clone, Copy)]
@@ -98,7 +97,7 @@ impl Parts {
     ) -> Result<Self> {
         let kind = base.map_or(PatchType::Standalone, |(_, id)| PatchType::Relative(id));
         let manifest = describe(base.map(|(base, _)| base), final_state, kind.codec_kind(), changed);
-        let manifest = manifest.encode(&final_state.path, ZSTD_LEVEL)?;
+        let manifest = manifest.encode(&final_state.path, FAST_ZSTD_LEVEL)?;
         let mut parts = Parts {
             kind,
             final_id,

@@ -47,7 +47,7 @@ class Run:
             begin, before = time.perf_counter(), self.counted()
             if self.swaps:
                 self.expect(turns, index)
-                self.move(turn)
+                self.bring_back(turn)
             coming = [self.sessions[name] for name in turn["prefetch"] if name in self.sessions]
             for name in turn["start"]:
                 self.attempt([name], lambda name=name: self.start(name))
@@ -81,14 +81,14 @@ class Run:
             self.lost += [{"session": name, "error": text} for name in names]
 
     def expect(self, turns: list[dict[str, Any]], index: int) -> None:
-        """Says when those who leave will be needed: who has to go to disk is decided by it."""
+        """Says when those who are done will be needed: who leaves for another, and who goes to disk, is decided by it."""
         for name in self.sessions.keys() & turns[index]["leave"]:
             later = (n for n, turn in enumerate(turns[index:]) if name in turn["rows"])
             # The order counts: no turn takes a minute, so that nobody is overdue.
             away_us = 60e6 * next(later, len(turns))
             self.pool._native.expect(self.sessions[name]._key, away_us)
 
-    def move(self, turn: dict[str, Any]) -> None:
+    def bring_back(self, turn: dict[str, Any]) -> None:
         """Brings back who decodes now and is not there yet."""
         for name in [name for name in turn["rows"] if name in self.sessions]:
             self.attempt([name], lambda name=name: self.sessions[name].restore())
